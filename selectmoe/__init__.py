@@ -1,0 +1,6 @@
+"""Select-MoE: choose fine-tuning data with a mixture-of-experts judge, and find out whether the choice beat a random one.
+
+Run ``selectmoe --help``. One stage is one module with one ``run(config)``; see docs/design.md.
+"""
+
+__version__ = "0.1.0"

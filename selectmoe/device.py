@@ -1,0 +1,35 @@
+"""Which device, how many threads, which dtype: decided in one place for every stage that needs torch.
+
+No command runs this module.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """The GPU of this process where there is one (LOCAL_RANK under torchrun), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def set_threads(threads: int) -> int:
+    """Use `threads` CPU threads (0: all cores this process may run on); returns the number in use."""
+    n = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(n)
+    return n
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def deterministic(seed: int) -> None:
+    """Seed torch and refuse kernels whose result changes from run to run."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,12 @@
+"""The two exceptions that mean something to the shell (docs/design.md, "Errors"); everything else is exit code 1.
+
+No command runs this module; `selectmoe.cli` turns these into exit codes.
+"""
+
+
+class UserError(Exception):
+    """The user's input is wrong: exit code 2. The message is one line: what, where, what would be right."""
+
+
+class Refused(Exception):
+    """It ran, and the answer is no (a difference found, a gate that does not open): exit code 3."""

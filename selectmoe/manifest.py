@@ -1,0 +1,213 @@
+"""The border between stages: a directory whose `manifest.json`, written last, says what it holds and where it came from.
+
+No command runs this module. *Identity* is a digest over what was done and what came of it, and nothing about where,
+when or by how many; *checksum* covers the whole manifest. A directory without a manifest does not exist for a reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selectmoe.errors import UserError
+
+SCHEMA = 1
+NAME = "manifest.json"
+RESERVED = {".hydra", "logs", ".work"}
+"""Folders inside an output that are nobody's result and stand in no manifest."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a `manifest.json`; `config` holds the fields by role: ``{"identity": {...}, "execution": {...}}``."""
+
+    schema: int
+    stage: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, str]]
+    files: list[dict[str, Any]]
+    rows: dict[str, Any]
+    environment: dict[str, Any]
+    created: str
+    identity: str = ""
+    checksum: str = ""
+
+    @property
+    def key(self) -> str:
+        """Digest of what was to be done: stage, version, identity fields, inputs' identities."""
+        ids = {name: entry["identity"] for name, entry in self.inputs.items()}
+        return work_key(self.stage, self.version, self.config["identity"], ids)
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no blanks: equal values give equal bytes.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def work_key(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Digest of what is to be done; two works with the same key give the same result."""
+    return digest({"schema": SCHEMA, "stage": stage, "version": version, "config": config, "inputs": inputs})
+
+
+def own_files(directory: Path) -> list[Path]:
+    """The files of an output, sorted: no reserved folders, no nested outputs, no manifest."""
+    found: list[Path] = []
+    for root, folders, names in os.walk(directory):
+        here = Path(root)
+        if here == directory:
+            folders[:] = [f for f in folders if f not in RESERVED]
+        folders[:] = [f for f in folders if not (here / f / NAME).exists()]
+        found += [here / name for name in names if not (here == directory and name == NAME)]
+    return sorted(found)
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    stage: str,
+    version: int,
+    config: dict[str, Any],
+    inputs: dict[str, dict[str, str]],
+    rows: dict[str, Any],
+    environment: dict[str, Any],
+    created: str,
+    bookkeeping: Iterable[str] = (),
+) -> Manifest:
+    """Describe the files of `directory` and write its manifest, atomically and last.
+
+    Args:
+        directory: the finished files.
+        stage: name of the stage.
+        version: version of the stage's algorithm.
+        config: fields by role.
+        inputs: name -> ``{"uri", "identity"}``.
+        rows: ``{"in", "out", "dropped": {reason: n}}``.
+        environment: versions, seconds, memory; not part of the identity.
+        created: ISO 8601 time.
+        bookkeeping: globs of files that do not belong to the identity (``result: false``).
+
+    Returns:
+        The manifest, with identity and checksum.
+    """
+    globs = tuple(bookkeeping)
+    files = []
+    for path in own_files(directory):
+        name = path.relative_to(directory).as_posix()
+        result = not any(fnmatch.fnmatch(name, pattern) for pattern in globs)
+        files.append({"path": name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "result": result})
+    manifest = Manifest(SCHEMA, stage, version, config, inputs, files, rows, environment, created)
+    manifest = dataclasses.replace(manifest, identity=_identity(manifest))
+    manifest = dataclasses.replace(manifest, checksum=_checksum(manifest))
+    temporary = directory / (NAME + ".part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(manifest), file, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(directory / NAME)
+    return manifest
+
+
+def _identity(m: Manifest) -> str:
+    return digest(
+        {
+            "schema": m.schema,
+            "stage": m.stage,
+            "version": m.version,
+            "config": m.config["identity"],
+            "inputs": {name: entry["identity"] for name, entry in m.inputs.items()},
+            "files": [{k: f[k] for k in ("path", "bytes", "sha256")} for f in m.files if f["result"]],
+            "rows": m.rows,
+        }
+    )
+
+
+def _checksum(m: Manifest) -> str:
+    return digest({k: v for k, v in dataclasses.asdict(m).items() if k != "checksum"})
+
+
+def read_manifest(directory: Path | str, verify: bool = True) -> Manifest:
+    """Read an output's manifest and, unless told otherwise, prove the files against it.
+
+    Raises:
+        UserError: no manifest, a manifest that was edited, or a file that is missing, foreign or changed (named).
+    """
+    directory = Path(directory)
+    path = directory / NAME
+    if not path.is_file():
+        raise UserError(f"{directory} has no {NAME}: it is not a finished output of Select-MoE")
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a manifest: {error}") from None
+    if manifest.schema != SCHEMA:
+        raise UserError(f"{path} has schema {manifest.schema}; this version reads {SCHEMA}")
+    if manifest.checksum != _checksum(manifest) or manifest.identity != _identity(manifest):
+        raise UserError(f"{path} was changed after it was written: its checksum does not fit")
+    if verify:
+        _verify_files(directory, manifest)
+    return manifest
+
+
+def _verify_files(directory: Path, manifest: Manifest) -> None:
+    listed = {f["path"]: f for f in manifest.files}
+    present = {p.relative_to(directory).as_posix() for p in own_files(directory)}
+    if missing := sorted(set(listed) - present):
+        raise UserError(f"{directory}: {missing[0]} is missing (its manifest lists it)")
+    if foreign := sorted(present - set(listed)):
+        raise UserError(f"{directory}: {foreign[0]} is foreign (its manifest does not list it)")
+    for name, entry in listed.items():
+        path = directory / name
+        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+            raise UserError(f"{directory}: {name} does not have the bytes that its manifest lists")
+
+
+def tree_identity(path: Path | str) -> str:
+    """Identity of an input without a manifest: SHA-256 over its sorted (relative path, SHA-256) pairs.
+
+    Raises:
+        UserError: there is nothing at `path`.
+    """
+    path = Path(path)
+    if path.is_file():
+        return digest([["", sha256_file(path)]])
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    pairs = [[p.relative_to(path).as_posix(), sha256_file(p)] for p in sorted(path.rglob("*")) if p.is_file()]
+    return digest(sorted(pairs))
+
+
+def identity_of(path: Path | str) -> str:
+    """Identity of an input: its (verified) manifest's, or its files' where it has none."""
+    path = Path(path)
+    return read_manifest(path).identity if (path / NAME).is_file() else tree_identity(path)
+
+
+def find_manifests(root: Path | str) -> list[tuple[Path, Manifest]]:
+    """Every finished output at or below `root`, by path; manifests are checked, files are not."""
+    paths = sorted(Path(root).rglob(NAME))
+    return [(p.parent, read_manifest(p.parent, verify=False)) for p in paths if ".work" not in p.parts]

@@ -1,0 +1,201 @@
+"""The frame of a stage: find a finished output, resume unfinished work, commit by a manifest written last.
+
+No command runs this module; every stage's `run(config)` opens with `begin`::
+
+    with stage.begin(STAGE, VERSION, config, inputs={"pool": pool_dir}) as out:
+        if out.done:
+            return out.path
+        (out.staging / "result.jsonl").write_bytes(...)
+        out.commit(rows_in=10, rows_out=9, dropped={"empty": 1})
+    return out.path
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from selectmoe import manifest as mf
+from selectmoe.config import MISSING, StageConfig, flatten, values
+from selectmoe.errors import UserError
+from selectmoe.storage import LocalStore, Store, open_store
+
+METRICS = "metrics.jsonl"
+PACKAGES = ("select-moe", "numpy", "pyarrow", "torch", "transformers", "tokenizers", "peft", "lm_eval")
+
+
+class Output:
+    """An output in the making, or a finished one that was found."""
+
+    def __init__(self, path: Path, stage: str, version: int, config: StageConfig, inputs: dict[str, dict[str, str]]):
+        self.path = path
+        self.done = False
+        self.stage = stage
+        self.version = version
+        self.inputs = inputs
+        self.roles = {"identity": values(config, "identity"), "execution": values(config, "execution", "input")}
+        ids = {name: entry["identity"] for name, entry in inputs.items()}
+        self.key = mf.work_key(stage, version, self.roles["identity"], ids)
+        root = config.work_root or str(path / ".work")
+        self.work: Store = open_store(f"{root.rstrip('/')}/{stage}/{self.key}")
+        self.staging = path / ".work" / "staging"
+        self._started = time.monotonic()
+        self._metrics: list[dict[str, Any]] = []
+        self._threads = config.threads
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None:
+        """Record a number that a person wants to watch; it goes into metrics.jsonl and from there to MLflow."""
+        entry: dict[str, Any] = {"name": name, "value": float(value), "time": time.time()}
+        self._metrics.append(entry if step is None else entry | {"step": step})
+
+    def part(self, name: str, *, rows_in: int, rows_out: int, dropped: Mapping[str, int] | None = None) -> None:
+        """Give the folder `name` inside the staging folder a manifest of its own."""
+        self._write(self.staging / name, rows_in, rows_out, dropped or {}, ())
+
+    def commit(
+        self,
+        *,
+        rows_in: int = 0,
+        rows_out: int = 0,
+        dropped: Mapping[str, int] | None = None,
+        bookkeeping: Iterable[str] = (),
+    ) -> None:
+        """Move the staged files into place, write the manifest, and drop the work that is now contained in it.
+
+        Args:
+            rows_in: rows that came in.
+            rows_out: rows that went out.
+            dropped: reason -> number; together with `rows_out` it must give `rows_in`.
+            bookkeeping: globs of files that are checked but do not belong to the identity.
+        """
+        if self._metrics:
+            lines = "".join(json.dumps(m, sort_keys=True) + "\n" for m in self._metrics)
+            (self.staging / METRICS).write_text(lines, encoding="utf-8")
+        for entry in sorted(self.staging.iterdir()):
+            entry.rename(self.path / entry.name)
+        self._write(self.path, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS))
+        self.work.clear()
+        shutil.rmtree(self.path / ".work", ignore_errors=True)
+
+    def _write(self, directory: Path, rows_in: int, rows_out: int, dropped: Mapping[str, int], globs: tuple[str, ...]) -> None:
+        dropped = {reason: n for reason, n in sorted(dropped.items()) if n}
+        if rows_in != rows_out + sum(dropped.values()):
+            raise RuntimeError(f"{self.stage}: {rows_in} rows in, {rows_out} out, dropped {dropped}: rows were lost")
+        mf.write_manifest(
+            directory,
+            stage=self.stage,
+            version=self.version,
+            config=self.roles,
+            inputs=self.inputs,
+            rows={"in": rows_in, "out": rows_out, "dropped": dropped},
+            environment=self._environment(),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            bookkeeping=globs,
+        )
+
+    def _environment(self) -> dict[str, Any]:
+        versions = {"python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {
+            "seconds": round(time.monotonic() - self._started, 3),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "versions": versions,
+            "threads": self._threads or len(os.sched_getaffinity(0)),
+            "machine": platform.machine(),
+        }
+
+
+def input_entry(value: str | list[str]) -> dict[str, str]:
+    """URI and identity of one input, or of a list whose order does not matter."""
+    if isinstance(value, list):
+        ids = sorted(mf.identity_of(v) for v in value)
+        return {"uri": " ".join(value), "identity": mf.digest(ids)}
+    return {"uri": str(value), "identity": mf.identity_of(value)}
+
+
+@contextmanager
+def begin(
+    stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None
+) -> Iterator[Output]:
+    """Open the output of a stage.
+
+    Args:
+        stage: its name.
+        version: of its algorithm; a change of result is a change of version.
+        config: the stage's configuration.
+        inputs: name -> path, list of paths (in any order), or an empty value (absent).
+
+    Yields:
+        The output; `done` is True where it was finished before from the same inputs and configuration.
+
+    Raises:
+        UserError: an input is missing or damaged, or `output_dir` holds something else. Nothing is left behind.
+    """
+    if not config.output_dir or config.output_dir == MISSING:
+        raise UserError("output_dir= is missing: name the folder to write")
+    path = Path(config.output_dir)
+    entries = {n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v)) for n, v in (inputs or {}).items() if v}
+    out = Output(path, stage, version, config, entries)
+    if (path / mf.NAME).is_file():
+        _same_work(path, out)
+        out.done = True
+        yield out
+        return
+    existed = path.is_dir()
+    _prepare(path, out)
+    try:
+        yield out
+    except UserError:
+        _abandon(path, out, existed)
+        raise
+
+
+def _same_work(path: Path, out: Output) -> None:
+    found = mf.read_manifest(path)
+    if found.key == out.key:
+        return
+    ours = {"stage": out.stage, "version": out.version, **flatten(out.roles["identity"])}
+    theirs = {"stage": found.stage, "version": found.version, **flatten(found.config["identity"])}
+    ours |= {f"input {n}": e["identity"][:12] for n, e in out.inputs.items()}
+    theirs |= {f"input {n}": e["identity"][:12] for n, e in found.inputs.items()}
+    differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+    raise UserError(f"{path} holds another run's output ({'; '.join(differs[:3])}): choose another output_dir")
+
+
+def _prepare(path: Path, out: Output) -> None:
+    """An empty staging folder in an output folder that holds nothing of anybody else's."""
+    mark = path / ".work" / "key"
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path} is a file")
+    left = [p for p in path.iterdir() if p.name not in mf.RESERVED] if path.is_dir() else []
+    if left and not (mark.is_file() and mark.read_text() == out.key):
+        raise UserError(f"output_dir {path} holds {left[0].name}, which is not a finished output: choose another folder")
+    for entry in left:  # moved into place by a commit that was killed before its manifest
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    shutil.rmtree(out.staging, ignore_errors=True)
+    out.staging.mkdir(parents=True)
+    LocalStore(path / ".work").put_bytes("key", out.key.encode())
+
+
+def _abandon(path: Path, out: Output, existed: bool) -> None:
+    """After a user's mistake nothing is left behind."""
+    if (path / mf.NAME).is_file():
+        return
+    out.work.clear()
+    shutil.rmtree(path / ".work", ignore_errors=True)
+    if not existed and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
