@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: s
         total: number of items where `iterable` has no length.
         unit: what an item is.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -40,4 +40,6 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: s
             last = now
             rate = n / (now - start)
             left = f", {(total - n) / rate:.0f} s left" if total and rate else ""
-            print(f"{desc}: {n}/{total if total is not None else '?'} {unit}, {rate:.2f} {unit}/s{left}", file=sys.stderr)
+            print(
+                f"{desc}: {n}/{total if total is not None else '?'} {unit}, {rate:.2f} {unit}/s{left}", file=sys.stderr
+            )

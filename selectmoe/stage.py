@@ -87,7 +87,9 @@ class Output:
         self.work.clear()
         shutil.rmtree(self.path / ".work", ignore_errors=True)
 
-    def _write(self, directory: Path, rows_in: int, rows_out: int, dropped: Mapping[str, int], globs: tuple[str, ...]) -> None:
+    def _write(
+        self, directory: Path, rows_in: int, rows_out: int, dropped: Mapping[str, int], globs: tuple[str, ...]
+    ) -> None:
         dropped = {reason: n for reason, n in sorted(dropped.items()) if n}
         if rows_in != rows_out + sum(dropped.values()):
             raise RuntimeError(f"{self.stage}: {rows_in} rows in, {rows_out} out, dropped {dropped}: rows were lost")
@@ -128,9 +130,7 @@ def input_entry(value: str | list[str]) -> dict[str, str]:
 
 
 @contextmanager
-def begin(
-    stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None
-) -> Iterator[Output]:
+def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None) -> Iterator[Output]:
     """Open the output of a stage.
 
     Args:
@@ -148,7 +148,9 @@ def begin(
     if not config.output_dir or config.output_dir == MISSING:
         raise UserError("output_dir= is missing: name the folder to write")
     path = Path(config.output_dir)
-    entries = {n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v)) for n, v in (inputs or {}).items() if v}
+    entries = {
+        n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v)) for n, v in (inputs or {}).items() if v
+    }
     out = Output(path, stage, version, config, entries)
     if (path / mf.NAME).is_file():
         _same_work(path, out)
@@ -172,7 +174,11 @@ def _same_work(path: Path, out: Output) -> None:
     theirs = {"stage": found.stage, "version": found.version, **flatten(found.config["identity"])}
     ours |= {f"input {n}": e["identity"][:12] for n, e in out.inputs.items()}
     theirs |= {f"input {n}": e["identity"][:12] for n, e in found.inputs.items()}
-    differs = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+    differs = [
+        f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here"
+        for k in sorted(ours | theirs)
+        if ours.get(k) != theirs.get(k)
+    ]
     raise UserError(f"{path} holds another run's output ({'; '.join(differs[:3])}): choose another output_dir")
 
 
@@ -183,7 +189,9 @@ def _prepare(path: Path, out: Output) -> None:
         raise UserError(f"output_dir {path} is a file")
     left = [p for p in path.iterdir() if p.name not in mf.RESERVED] if path.is_dir() else []
     if left and not (mark.is_file() and mark.read_text() == out.key):
-        raise UserError(f"output_dir {path} holds {left[0].name}, which is not a finished output: choose another folder")
+        raise UserError(
+            f"output_dir {path} holds {left[0].name}, which is not a finished output: choose another folder"
+        )
     for entry in left:  # moved into place by a commit that was killed before its manifest
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     shutil.rmtree(out.staging, ignore_errors=True)

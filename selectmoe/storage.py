@@ -130,12 +130,12 @@ class S3Store:
 
 
 def s3_client() -> Any:
-    """A boto3 S3 client with bounded retries (endpoint and credentials from the environment)."""
+    """A boto3 S3 client with bounded retries; a new session each, so that changed credentials are read."""
     import boto3
     from botocore.config import Config
 
     retries = {"max_attempts": 5, "mode": "standard"}
-    return boto3.client("s3", config=Config(retries=retries, connect_timeout=5, signature_version="s3v4"))
+    return boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=5, signature_version="s3v4"))
 
 
 def split_s3(uri: str) -> tuple[str, str]:

@@ -1,0 +1,52 @@
+# Select-MoE. Bare `make` lists the targets. No logic here: scripts/ and python do the work.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+PRESET ?= quick
+DATA ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run down test unit integration docs-test lint format types compile lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+setup: .venv/.done ## build .venv from requirements.lock (CPU torch where there is no GPU); no root needed
+.venv/.done: requirements.lock requirements-demo.txt pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+
+run: setup ## the whole pipeline on this machine: PRESET=quick|full, DATA=path/to/rows.jsonl
+	@$(PYTHON) -m pipelines.local run preset=$(PRESET) $(if $(DATA),data=$(DATA)) $(ARGS)
+
+down: setup ## stop the servers that `make run` started
+	@$(PYTHON) -m pipelines.local down
+
+test: lint types unit integration docs-test ## everything that needs no root, at most 10 minutes
+
+unit: setup ## fast tests, no servers
+	@$(PYTHON) -m pytest tests/unit -q
+
+integration: setup ## the compiled pipeline with real MLflow and S3 servers
+	@$(PYTHON) -m pytest tests/integration -q
+
+docs-test: setup ## the commands of README and docs
+	@$(PYTHON) -m pytest tests/docs -q
+
+lint: setup ## ruff: format and rules
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+
+format: setup ## ruff: write the format, mend what can be mended
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+types: setup ## mypy, strict
+	@.venv/bin/mypy
+
+compile: setup ## write pipelines/select_moe/pipeline.yaml
+	@$(PYTHON) -m pipelines compile
+
+lock: setup ## resolve requirements.lock anew
+	@scripts/lock.sh
+
+clean: ## remove what tools left behind (not .venv, not .selectmoe)
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,1 @@
+"""An OLMoE checkpoint of the user's own, proved against its digest."""

@@ -1,0 +1,1 @@
+"""An OLMoE checkpoint to a Select-MoE one, every original tensor unchanged."""

@@ -1,0 +1,1 @@
+"""Rows of any source to a normalised pool and a clean holdout."""

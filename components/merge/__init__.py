@@ -1,0 +1,1 @@
+"""Stage 2: the shards' router data as one unsharded run would have written it."""

@@ -1,0 +1,1 @@
+"""A pool to a small OLMoE of the user's own."""

@@ -1,0 +1,35 @@
+"""The rows that Select-MoE picks, and why each of them (arm `selected`).
+
+A shell around `selectmoe select`: no behaviour of its own. Compiled by `python -m pipelines compile`.
+"""
+
+import os
+
+from kfp import dsl
+
+IMAGE = os.environ.get("SELECTMOE_IMAGE", "select-moe:0.1.0")
+
+
+@dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
+def select(
+    router_data: dsl.Input[dsl.Dataset],
+    pool: dsl.Input[dsl.Dataset],
+    selection: dsl.Output[dsl.Dataset],
+    config: str,
+    code: str,
+    work_root: str,
+) -> None:
+    """The rows that Select-MoE picks, and why each of them (arm `selected`).
+
+    Args:
+        router_data: what `merge` wrote.
+        pool: what `ingest` wrote.
+        selection: selected_data.jsonl, selection_config.yaml, clusters.parquet.
+        config: the stage's resolved configuration (JSON), as `check` gives it.
+        code: digest of our code: a changed program is a changed task.
+        work_root: folder or s3:// URI for committed progress.
+    """
+    from components import _shell
+
+    inputs = {"router_data_dir": router_data.path, "data": pool.path}
+    _shell.run("select", selection, config, code, work_root, inputs=inputs)

@@ -1,0 +1,1 @@
+"""A dense Llama-like checkpoint to an OLMoE-shaped one (sparse upcycling)."""

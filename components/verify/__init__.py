@@ -1,0 +1,1 @@
+"""Proof that conversion changed nothing it should not."""

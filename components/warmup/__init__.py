@@ -1,0 +1,1 @@
+"""Stage 1: the quality gates (and routers) of a Select-MoE model, trained on the pool."""

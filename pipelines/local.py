@@ -1,0 +1,338 @@
+"""The whole pipeline on this machine: what `make run` and `make down` call.
+
+    python -m pipelines.local run [preset=quick] [data=rows.jsonl] [key=value ...]
+    python -m pipelines.local down
+
+`run` checks the configuration in this process (a mistake is said in one line, before anything starts), starts a real
+S3 server and a real MLflow server or finds them again, and executes the KFP pipeline with KFP's local runner, its
+cache on. Everything lies below `.selectmoe/` (or `SELECTMOE_STATE`); a run that was killed goes on where it was.
+KFP's own chatter goes to `.selectmoe/run.log`; the screen shows what the stages say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from selectmoe.errors import Refused, UserError
+
+NAMED = ("preset", "data", "budget")
+"""Settings of `selectmoe run` that are parameters of the pipeline; the others go through `overrides`."""
+STATE = "SELECTMOE_STATE"
+
+
+def state_folder() -> Path:
+    """Where servers, cache, work and models lie: `SELECTMOE_STATE`, else `.selectmoe` in the working directory."""
+    return Path(os.environ.get(STATE, "") or ".selectmoe").resolve()
+
+
+def run(overrides: list[str]) -> int:
+    """Check, start the servers, execute the pipeline, say what came of it.
+
+    Args:
+        overrides: `key=value` settings of `selectmoe run`.
+
+    Returns:
+        The exit code: 0, or that of the stage that failed.
+
+    Raises:
+        UserError: the configuration is wrong, a port is taken, or another run is under way here.
+    """
+    started = time.monotonic()
+    state = state_folder()
+    arguments = _pipeline_arguments(overrides, state)
+    config, plan = _plan(overrides, arguments)
+    with _alone(state):
+        from pipelines import servers
+        from selectmoe import manifest, tracking
+        from selectmoe.config import values
+
+        up = servers.start(state)
+        _environment(state, up["mlflow"].url)
+        key = manifest.digest([plan.stages, plan.digests, plan.arm_seeds, plan.judge])
+        settings = values(config, "identity", "execution", "input")
+        parent = tracking.start_parent(f"{arguments['preset']} {key[:8]}", settings, key)
+        os.environ["SELECTMOE_PARENT_RUN"] = parent
+        events = state / "events.jsonl"
+        events.unlink(missing_ok=True)
+        os.environ["SELECTMOE_EVENTS"] = str(events)
+        result = _execute(state, arguments)
+        executed, failure = _read_events(events)
+        tags = {} if result is None else _verdict(result)
+        if result is not None:
+            for output in _lineage(result):
+                tracking.publish(output, parent, arguments["work_root"])
+        page = tracking.finish_parent(parent, failed=result is None, tags=tags)
+    if result is None:
+        name, code, message = failure or ("the pipeline", 1, "see the lines above")
+        print(
+            f"\n{name} failed: {message} (log: {state / 'run.log'}; run: {page})",
+            file=sys.stderr,
+        )
+        return code
+    seconds = time.monotonic() - started
+    _say(
+        executed,
+        _expected(plan),
+        seconds,
+        tags.get("sentence", tags["verdict"]),
+        result,
+        page,
+    )
+    return 0
+
+
+def down() -> int:
+    """Stop the servers that `run` started; nothing else."""
+    from pipelines import servers
+
+    names = servers.stop(state_folder())
+    print(f"stopped: {', '.join(names)}" if names else "nothing was up")
+    return 0
+
+
+def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
+    given: dict[str, str] = {}
+    rest = []
+    for item in overrides:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise UserError(f"{item!r} is not of the form key=value")
+        if key in (*NAMED, "work_root", "model_root"):
+            given[key] = value
+        else:
+            rest.append(item)
+    defaults = {
+        "preset": "quick",
+        "work_root": str(state / "work"),
+        "model_root": str(state / "models"),
+    }
+    arguments: dict[str, Any] = {**defaults, **given, "overrides": rest}
+    for key in ("data", "work_root", "model_root"):
+        value = arguments.get(key, "")
+        if value and "://" not in value:
+            arguments[key] = str(Path(value).resolve())
+    return arguments
+
+
+def _plan(overrides: list[str], arguments: dict[str, Any]) -> tuple[Any, Any]:
+    from selectmoe import check
+    from selectmoe.run import compose
+
+    named = [f"{key}={value}" for key, value in arguments.items() if key != "overrides" and value]
+    config = compose([*named, *arguments["overrides"], f"output_dir={state_folder() / 'run'}"])
+    return config, check.plan(config)
+
+
+@contextlib.contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    state.mkdir(parents=True, exist_ok=True)
+    with open(state / "run.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is under way in {state}: wait for it, or set {STATE} to a folder") from None
+        yield
+
+
+def _environment(state: Path, mlflow: str) -> None:
+    """What the tasks' processes inherit."""
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    os.environ.update(quiet | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"})
+
+
+def _execute(state: Path, arguments: dict[str, Any]) -> Path | None:
+    """Run the pipeline with KFP's local runner; the report's folder, or None where a task failed."""
+    warnings.filterwarnings("ignore", module=r"kfp\..*")
+    warnings.filterwarnings("ignore", message=".*custom or non-Python base image.*")
+    from kfp import local
+
+    from pipelines.select_moe.pipeline import select_moe
+
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(state / "kfp"),
+        workspace_root=str(state / "workspace"),
+        enable_caching=True,
+        cache_root=str(state / "cache"),
+    )
+    with open(state / "run.log", "a", encoding="utf-8") as log:
+        screen = Screen(sys.stdout, log)
+        with contextlib.redirect_stdout(screen):
+            try:
+                task = select_moe(**arguments)
+            except RuntimeError as error:  # KFP's only sign that a task failed
+                log.write(f"{error}\n")
+                return None
+    return Path(task.output.path)
+
+
+class Screen(io.TextIOBase):
+    """Everything goes to the log; the screen gets what the stages print, without KFP's executor and its input.
+
+    One line is handled at a time, per thread: KFP runs two iterations of a loop at once.
+    """
+
+    def __init__(self, screen: TextIO, log: TextIO) -> None:
+        self.screen = screen
+        self.log = log
+        self.lock = threading.Lock()
+        self.here = threading.local()
+
+    def write(self, text: str) -> int:
+        """Take text; whole lines are passed on."""
+        pending = getattr(self.here, "pending", "") + text
+        *lines, self.here.pending = pending.split("\n")
+        for line in lines:
+            with self.lock:
+                self.log.write(line + "\n")
+                self.log.flush()
+                if shown := self._shown(line):
+                    self.screen.write(shown + "\n")
+                    self.screen.flush()
+        return len(text)
+
+    def _shown(self, line: str) -> str:
+        task = re.search(r"Executing task \S*'([a-z0-9-]+)'", line)
+        if task:
+            self.here.task = re.sub(r"-\d+$", "", task.group(1))
+            self.here.skipped = None
+            return f"[{self.here.task}]"
+        bare = line.strip()
+        skipped: str | None = getattr(self.here, "skipped", None)
+        if skipped is not None:  # inside the executor's input, a JSON object over many lines
+            self.here.skipped = skipped + bare
+            if bare == "}" and _is_json(self.here.skipped):
+                self.here.skipped = None
+            return ""
+        if "Got executor_input:" in bare:
+            self.here.skipped = ""
+            return ""
+        logged = re.match(r"\d\d:\d\d:\d\d\.\d+ - [A-Z]+ - |\[KFP Executor |-{20,}$|\s*$", bare)
+        outputs = re.match(
+            r"\w+: (Dataset|Model|HTML|Artifact)\( name=|uri='.*',$|metadata=\{|\w+: '|\w+: \[",
+            bare,
+        )
+        if logged or outputs or not hasattr(self.here, "task"):
+            return ""
+        return f"[{self.here.task}] {bare}"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_events(path: Path) -> tuple[Counter[str], tuple[str, int, str] | None]:
+    """What was really executed (a cached task writes nothing), and which task failed first."""
+    executed: Counter[str] = Counter()
+    failure = None
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for entry in map(json.loads, lines):
+        if "exit" in entry:
+            failure = failure or (entry["stage"], entry["exit"], entry["message"])
+        else:
+            executed[entry["stage"]] += 1
+    return executed, failure
+
+
+def _expected(plan: Any) -> Counter[str]:
+    arms = len(plan.arm_seeds)
+    judge = {"upcycle": "upcycle", "pretrain": "pretrain"}.get(plan.judge, "adopt")
+    single = [
+        "check",
+        "ingest",
+        judge,
+        "convert",
+        "verify",
+        "warmup",
+        "merge",
+        "select",
+        "baseline",
+        "report",
+    ]
+    return Counter(single) + Counter(route=plan.shards, finetune=arms, evaluate=arms + 1)
+
+
+def _lineage(result: Path) -> list[Path]:
+    """The report's folder and every output that it rests on, as the manifests name them."""
+    from selectmoe import manifest
+
+    found: dict[Path, None] = {}
+    waiting = [result]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not (path / manifest.NAME).is_file():
+            continue
+        found[path] = None
+        for entry in manifest.read_manifest(path, verify=False).inputs.values():
+            waiting += [Path(uri) for uri in re.split(r" (?=/)", entry["uri"])]
+    return list(found)
+
+
+def _verdict(result: Path) -> dict[str, str]:
+    verdict = json.loads((result / "verdict.json").read_text(encoding="utf-8"))
+    return {key: str(verdict[key]) for key in ("verdict", "metric", "sentence") if key in verdict}
+
+
+def _say(
+    executed: Counter[str],
+    expected: Counter[str],
+    seconds: float,
+    sentence: str,
+    result: Path,
+    page: str,
+) -> None:
+    ran = [f"{name} x{n}" if n > 1 else name for name, n in executed.items() if name != "check"]
+    cached = expected - executed
+    if not ran:
+        print(f"\nall stages came from the cache ({seconds:.0f} s)")
+    else:
+        kept = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in cached.items())
+        print(f"\nexecuted: {', '.join(ran)} ({seconds:.0f} s); from the cache: {kept or 'none'}")
+    print(f"verdict: {sentence}")
+    print(f"report:  {result / 'report.html'}")
+    print(f"MLflow:  {page}")
+    print("The servers stay up for browsing; `make down` stops them.")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; errors as exit codes (2: the user's input, 3: the answer is no, 1: everything else)."""
+    try:
+        if arguments[:1] == ["run"]:
+            return run(arguments[1:])
+        if arguments == ["down"]:
+            return down()
+        raise UserError("usage: python -m pipelines.local run [key=value ...] | down")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Refused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""The whole of Select-MoE as one KFP pipeline; `python -m pipelines compile` writes it to `pipeline.yaml` beside this file.
+
+    check -> ingest -> pretrain | upcycle | adopt -> convert -> verify -> warmup -> route (shards) -> merge
+          -> select -> baseline -> [ARM:SEED: finetune -> evaluate], evaluate base -> report
+
+`check` is never cached. Whatever it proved comes back as parameters (digests, one configuration per stage), on which
+every other task is cached: an unchanged second run executes `check` and nothing else. The chain is a pipeline in the
+pipeline because KFP's local runner resolves the items of a loop only among a pipeline's own parameters.
+"""
+
+# No `from __future__ import annotations`: KFP reads the annotations as objects.
+
+from components.adopt.component import adopt
+from components.baseline.component import baseline
+from components.check.component import check
+from components.convert.component import convert
+from components.evaluate.component import evaluate
+from components.finetune.component import finetune
+from components.ingest.component import ingest
+from components.merge.component import merge
+from components.pretrain.component import pretrain
+from components.report.component import report
+from components.route.component import route
+from components.select.component import select
+from components.upcycle.component import upcycle
+from components.verify.component import verify
+from components.warmup.component import warmup
+from kfp import dsl
+
+COMPONENTS = (
+    check,
+    ingest,
+    pretrain,
+    upcycle,
+    adopt,
+    convert,
+    verify,
+    warmup,
+    route,
+    merge,
+    select,
+    baseline,
+    finetune,
+    evaluate,
+    report,
+)
+"""Every component, in the order in which they run."""
+STAGES = (
+    "ingest",
+    "upcycle",
+    "pretrain",
+    "convert",
+    "verify",
+    "warmup",
+    "route",
+    "merge",
+    "select",
+    "baseline",
+    "finetune",
+    "evaluate",
+    "report",
+)
+PARAMETERS = ("judge", "source", "target", "rows", "pool_digest", "code", "arm_seeds", "shards")
+"""What `check` hands to the chain: a configuration per stage, and these."""
+
+
+@dsl.pipeline(name="chain", description="From the judge to the verdict.")
+def chain(
+    work_root: str,
+    model_root: str,
+    ingest_config: str,
+    upcycle_config: str,
+    pretrain_config: str,
+    convert_config: str,
+    verify_config: str,
+    warmup_config: str,
+    route_config: str,
+    merge_config: str,
+    select_config: str,
+    baseline_config: str,
+    finetune_config: str,
+    evaluate_config: str,
+    report_config: str,
+    judge: str,
+    source: str,
+    target: str,
+    rows: str,
+    pool_digest: str,
+    code: str,
+    arm_seeds: list,  # type: ignore[type-arg]  # KFP knows only the bare name
+    shards: list,  # type: ignore[type-arg]
+) -> dsl.Dataset:
+    """Every stage from `ingest` to `report`; the parameters are those that `check` returns."""
+    common = {"code": code, "work_root": work_root}
+    large = common | {"model_root": model_root}
+    ingested = ingest(data=rows, pool_digest=pool_digest, config=ingest_config, **common)
+    pool = ingested.outputs["pool"]
+
+    with dsl.If(judge == "upcycle", name="judge-upcycle"):
+        sparse = upcycle(source=source, pool=pool, config=upcycle_config, **large)
+    with dsl.Elif(judge == "pretrain", name="judge-pretrain"):
+        small = pretrain(pool=pool, config=pretrain_config, **large)
+    with dsl.Else(name="judge-olmoe"):
+        given = adopt(source=source, code=code)
+    olmoe = dsl.OneOf(sparse.outputs["model"], small.outputs["model"], given.outputs["model"])
+
+    selector = convert(source=olmoe, config=convert_config, **large).outputs["model"]
+    proof = verify(source=olmoe, converted=selector, config=verify_config, **common)
+    weights = warmup(selector=selector, pool=pool, config=warmup_config, **common).after(proof)
+    router_weights = weights.outputs["router_weights"]
+
+    with dsl.ParallelFor(shards, name="shards") as shard:
+        part = route(
+            selector=selector,
+            router_weights=router_weights,
+            pool=pool,
+            shard=shard,
+            config=route_config,
+            **common,
+        )
+    merged = merge(shards=dsl.Collected(part.outputs["router_data"]), config=merge_config, **common)
+    router_data = merged.outputs["router_data"]
+
+    chosen = select(router_data=router_data, pool=pool, config=select_config, **common)
+    selection = chosen.outputs["selection"]
+    others = baseline(router_data=router_data, pool=pool, config=baseline_config, **common)
+    baselines = others.outputs["baselines"]
+
+    models = {"target": target, "source": olmoe}
+    base = evaluate(pool=pool, arm_seed="base:0", config=evaluate_config, **models, **common)
+    with dsl.ParallelFor(arm_seeds, name="arms") as arm_seed:
+        tuned = finetune(
+            selection=selection,
+            baselines=baselines,
+            arm_seed=arm_seed,
+            config=finetune_config,
+            **models,
+            **common,
+        )
+        adapter = tuned.outputs["adapters"]
+        judged = evaluate(
+            pool=pool,
+            adapters=adapter,
+            arm_seed=arm_seed,
+            config=evaluate_config,
+            **models,
+            **common,
+        )
+
+    final = report(
+        converted=selector,
+        pool=pool,
+        proof=proof.outputs["proof"],
+        router_weights=router_weights,
+        router_data=router_data,
+        selection=selection,
+        baselines=baselines,
+        base=base.outputs["evaluation"],
+        adapters=dsl.Collected(adapter),
+        evaluations=dsl.Collected(judged.outputs["evaluation"]),
+        config=report_config,
+        **common,
+    )
+    result: dsl.Dataset = final.outputs["result"]
+    return result
+
+
+@dsl.pipeline(
+    name="select-moe",
+    description="Select-MoE: from an OLMoE checkpoint and a pool of rows to a verdict.",
+)
+def select_moe(
+    preset: str = "quick",
+    data: str = "",
+    budget: str = "",
+    work_root: str = ".selectmoe/work",
+    model_root: str = ".selectmoe/models",
+    overrides: list = [],  # type: ignore[type-arg]  # noqa: B006  # KFP's form of a default
+) -> dsl.Dataset:
+    """Check, then the chain.
+
+    Args:
+        preset: size of everything; the other settings start from it.
+        data: the user's own rows; empty: the preset's.
+        budget: how much is selected: 0.05 (share), 100 (rows) or 50000t (learned tokens); empty: the preset's.
+        work_root: folder or s3:// URI for committed progress; the same one resumes what was interrupted.
+        model_root: folder for large checkpoints.
+        overrides: further `key=value` settings of `selectmoe run`.
+    """
+    checked = check(
+        preset=preset,
+        data=data,
+        budget=budget,
+        work_root=work_root,
+        model_root=model_root,
+        overrides=overrides,
+    )
+    checked.set_caching_options(False)
+    configs = {f"{stage}_config": checked.outputs[stage] for stage in STAGES}
+    rest = {name: checked.outputs[name] for name in PARAMETERS}
+    result: dsl.Dataset = chain(work_root=work_root, model_root=model_root, **configs, **rest).output
+    return result

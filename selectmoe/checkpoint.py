@@ -1,0 +1,204 @@
+"""Checkpoints on disk: find one, read its config, stream its tensors shard by shard, write one with stable bytes.
+
+No command runs this module; `upcycle`, `convert`, `verify` and `warmup` do. A source is a local folder or the hub name
+of a model. At most one shard is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selectmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA = {"format": "pt"}
+"""The single metadata key of what we write: several come out in changing order."""
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 << 30
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+"""What travels with the weights, byte for byte."""
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found: its folder and the content of its `config.json`."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def shards(self) -> list[Path]:
+        """The safetensors files that hold the weights, in order of their names."""
+        return _shards(self.path)
+
+
+def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "") -> Source:
+    """Find a checkpoint: a local folder, or a hub name, which is downloaded into the hub's cache.
+
+    Args:
+        source: a path or ``OWNER/NAME``.
+        model_types: the values of `model_type` that are accepted.
+        key: the configuration key that named the source, for messages.
+        advice: how to get what would be right.
+
+    Raises:
+        UserError: nothing is there, it holds no safetensors weights, or it is another kind of model.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        path = _download(source, key)
+    where = f"{key}={source}"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where} holds no config.json: it is not a transformers checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{where}: config.json is not JSON ({error})") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in model_types:
+        hint = f"; {advice}" if advice else ""
+        raise UserError(f"{where} has model_type {kind!r}, expected {' or '.join(model_types)}{hint}")
+    if not _shards(path):
+        raise UserError(f"{where} holds no safetensors weights (model.safetensors, or shards and {INDEX})")
+    return Source(path, config)
+
+
+def _download(source: str, key: str) -> Path:
+    """The hub's snapshot of a model."""
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(f"{key}={source} does not exist; expected a checkpoint folder or a hub name like OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "config.json", INDEX, *COMPANIONS]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted, etag_timeout=5))
+    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}={source} is neither a local folder nor a model that the hub gives: {reason}") from None
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / INDEX
+    if not index.is_file():
+        return [path / "model.safetensors"] if (path / "model.safetensors").is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} cannot be read as an index of shards") from None
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks the shard {name}, which {INDEX} names")
+    return [path / name for name in names]
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, shard by shard, by name inside a shard.
+
+    Raises:
+        UserError: a shard cannot be read, or a name comes twice.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    seen: set[str] = set()
+    for shard in _shards(path):
+        try:
+            with safe_open(str(shard), framework="pt") as file:
+                for name in sorted(file.keys()):
+                    if name in seen:
+                        raise UserError(f"{path} holds the tensor {name} twice")
+                    seen.add(name)
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{shard} cannot be read as safetensors: {error}") from None
+
+
+def tensor_places(path: Path) -> dict[str, Path]:
+    """Tensor name -> the shard that holds it, from the shards' headers alone.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    places: dict[str, Path] = {}
+    for shard in _shards(path):
+        try:
+            with safe_open(str(shard), framework="pt") as file:
+                places |= dict.fromkeys(file.keys(), shard)
+        except SafetensorError as error:
+            raise UserError(f"{shard} cannot be read as safetensors: {error}") from None
+    return places
+
+
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a stream of tensors as safetensors, with an index where there is more than one shard.
+
+    Args:
+        directory: an existing folder.
+        tensors: (name, tensor); the order decides what lies in which shard.
+        shard_bytes: size at which a shard is closed; one shard is in memory at a time.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, int]] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, directory / f"shard-{len(shards):05}", metadata=METADATA)
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending.clear()
+
+    for name, tensor in tensors:
+        if name in pending or any(name in shard for shard in shards):
+            raise ValueError(f"the tensor {name} was written before")
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor.detach().cpu().contiguous()
+    flush()
+    total = len(shards)
+    if total == 1:
+        (directory / "shard-00000").rename(directory / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    for i, name in enumerate(names):
+        (directory / f"shard-{i:05}").rename(directory / name)
+    size = sum(sum(shard.values()) for shard in shards)
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted, indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and generation config byte for byte; returns the names of the files."""
+    names = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

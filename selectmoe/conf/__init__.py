@@ -1,0 +1,1 @@
+"""Hydra configuration groups; `preset=NAME` of `selectmoe run` takes one of preset/."""

@@ -1,0 +1,407 @@
+"""Select-MoE: OLMoE with a quality gate beside every MoE block, as a transformers model (`model_type: select_moe`).
+
+No command runs this module; importing it registers the Auto classes::
+
+    import selectmoe.modeling
+    model = AutoModelForCausalLM.from_pretrained("out/convert")
+
+Decoder layer, with x the residual stream [B, T, H]:
+
+    a  = x + Attn(RMSNorm(x))
+    h  = RMSNorm(a)
+    s  = w_q . h + b_q                   quality score, raw, float32
+    x' = a + MoE(h)                      gate_mode observer: h detached for the gate; the function stays OLMoE's to the bit
+    x' = a + g MoE(h) + (1 - g) Trash(h) gate_mode applied, g = sigmoid(s)
+
+Everything else *is* OLMoE: this file subclasses and does not rewrite it. A base model that is asked for
+`output_router_logits` gives, per layer, `quality_score` [B, T, 1] and `moe_logits` [B*T, E], raw, float32 (padding
+included: mask it). Gates stay float32 whatever the model's dtype.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import (
+    OlmoeAttention,
+    OlmoeDecoderLayer,
+    OlmoeForCausalLM,
+    OlmoeModel,
+    OlmoePreTrainedModel,
+    OlmoeTopKRouter,
+    load_balancing_loss_func,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from selectmoe.errors import UserError
+from selectmoe.losses import check_loss, quality_loss
+
+logger = logging.getLogger(__name__)
+
+GATE_MODES = ("observer", "applied")
+TRASH_MODES = ("zero", "noise")
+OPEN_BIAS = 100.0
+"""A bias at which sigmoid is exactly 1 in every dtype."""
+
+
+@strict
+class SelectMoeConfig(OlmoeConfig):
+    """OLMoE's configuration and the keys of the quality gates.
+
+    Attributes:
+        quality_gate_init_mean: mean of the gates' initial weights.
+        quality_gate_init_std: their standard deviation.
+        quality_gate_init_bias: initial bias; None: 0 for observers, +3 for applied gates (0 would halve every MoE output).
+        gate_mode: `observer` (the gate only reads) or `applied` (it scales the MoE's output).
+        trash_expert_mode: what takes the MoE's place where an applied gate closes: `zero`, or `noise` (normal with the
+            token's mean and standard deviation; its mean in eval mode).
+        quality_loss_type: a name in `selectmoe.losses.LOSSES`.
+        quality_loss_weight: its weight, before `router_aux_loss_coef`.
+        quality_loss_params: its parameters; what is not given has its default.
+        enable_load_balancing: add transformers' load-balancing loss.
+        qk_norm: False: no norm on queries and keys, so that an upcycled Llama-like model is exact.
+    """
+
+    model_type = "select_moe"
+
+    quality_gate_init_mean: float = 0.0
+    quality_gate_init_std: float = 0.02
+    quality_gate_init_bias: float | None = None
+    gate_mode: str = "observer"
+    trash_expert_mode: str = "zero"
+    quality_loss_type: str = "sigmoid"
+    quality_loss_weight: float = 1.0
+    quality_loss_params: dict[str, Any] | None = None
+    enable_load_balancing: bool = False
+    qk_norm: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in the bias and refuse unknown names.
+
+        Raises:
+            UserError: an unknown gate mode, trash expert or loss.
+        """
+        if self.quality_gate_init_bias is None:
+            self.quality_gate_init_bias = 3.0 if self.gate_mode == "applied" else 0.0
+        for key, known in (("gate_mode", GATE_MODES), ("trash_expert_mode", TRASH_MODES)):
+            if getattr(self, key) not in known:
+                raise UserError(f"{key}={getattr(self, key)!r} is unknown; known: {', '.join(known)}")
+        check_loss(self.quality_loss_type, self.quality_loss_params)
+        super().__post_init__(**kwargs)
+
+
+class QualityGate(nn.Linear):
+    """[.., H] -> raw quality score [.., 1], computed in float32."""
+
+    def __init__(self, hidden_size: int) -> None:
+        """A gate over hidden states of `hidden_size`."""
+        super().__init__(hidden_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The raw score of every token, float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+class SelectMoeRouter(OlmoeTopKRouter):
+    """OLMoE's router, whose weight may be float32 in a bfloat16 model while it is trained."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits [B*T, E], top-k weights in the dtype of the hidden states, top-k indices."""
+        logits, weights, indices = super().forward(hidden_states.to(self.weight.dtype))
+        return logits, weights.to(hidden_states.dtype), indices
+
+
+def trash(hidden: Tensor, mode: str, training: bool) -> Tensor | None:
+    """Output of the trash expert for [B, T, H] hidden states; None where it is zero."""
+    if mode == "zero":
+        return None
+    still = hidden.detach()
+    mean = still.mean(-1, keepdim=True)
+    if not training:
+        return mean.expand_as(still)
+    return mean + still.std(-1, keepdim=True, correction=0) * torch.randn_like(still)
+
+
+class SelectMoeDecoderLayer(OlmoeDecoderLayer):
+    """OLMoE's decoder layer with a quality gate that reads what the MoE block reads."""
+
+    def __init__(self, config: SelectMoeConfig, layer_idx: int) -> None:
+        """Build layer `layer_idx`."""
+        super().__init__(config, layer_idx)
+        self.gate_mode, self.trash_mode = config.gate_mode, config.trash_expert_mode
+        self.mlp.gate = SelectMoeRouter(config)
+        self.quality_gate = QualityGate(config.hidden_size)
+        if not config.qk_norm:
+            drop_qk_norm(self.self_attn)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        residual: Tensor = hidden_states + attended
+        hidden = self.post_attention_layernorm(residual)
+        moe: Tensor = self.mlp(hidden)
+        if self.gate_mode == "observer":
+            self.quality_gate(hidden.detach())  # recorded by a hook; changes nothing
+            return residual + moe
+        good = torch.sigmoid(self.quality_gate(hidden))
+        out = residual + good.to(moe.dtype) * moe
+        other = trash(hidden, self.trash_mode, self.training)
+        return out if other is None else out + (1 - good).to(other.dtype) * other
+
+
+def drop_qk_norm(attention: OlmoeAttention) -> None:
+    """Replace the norms on queries and keys by the identity."""
+    attention.q_norm = nn.Identity()
+    attention.k_norm = nn.Identity()
+
+
+class SelectMoePreTrainedModel(OlmoePreTrainedModel):
+    """What all Select-MoE models share: initialisation, recorded outputs, checkpointing."""
+
+    config: SelectMoeConfig
+    _no_split_modules = ["SelectMoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = {"quality_gate"}
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(OlmoeTopKRouter, index=0),
+        "quality_score": OutputRecorder(QualityGate, index=0),
+        "hidden_states": SelectMoeDecoderLayer,
+        "attentions": OlmoeAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, QualityGate):
+            init.normal_(module.weight, mean=self.config.quality_gate_init_mean, std=self.config.quality_gate_init_std)
+            init.constant_(module.bias, self.config.quality_gate_init_bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in this file; OlmoeExperts has it
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Always checkpoint without re-entering.
+
+        The re-entrant kind runs the layers without a graph: what is recorded in them, gate scores and router logits,
+        then has no gradient, silently. The other kind gives the same numbers as no checkpointing.
+        """
+        keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        if enable and keywords.get("use_reentrant"):
+            logger.warning("use_reentrant=True would cut the gates' gradient: checkpointing without re-entering instead")
+        function = functools.partial(checkpoint, **(keywords | {"use_reentrant": False}))
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
+
+
+class SelectMoeModel(SelectMoePreTrainedModel, OlmoeModel):
+    """The base model: final hidden states and, asked for `output_router_logits`, scores and router logits per layer."""
+
+    def __init__(self, config: SelectMoeConfig) -> None:
+        """Build the model with fresh weights."""
+        super().__init__(config)
+        self.layers = nn.ModuleList([SelectMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """As `OlmoeModel.forward`, no lm_head.
+
+        Returns:
+            `last_hidden_state` [B, T, H]; with `output_router_logits` also, per layer, `quality_score` [B, T, 1] and
+            `moe_logits` [B*T, E], raw, float32.
+        """
+        record = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        kwargs |= {"output_router_logits": record, "output_quality_score": record, "return_dict": True}
+        outputs: MoeModelOutputWithPast = super().forward(input_ids, attention_mask, **kwargs)
+        if record:
+            outputs["moe_logits"] = tuple(logits.float() for logits in outputs.router_logits)
+        return outputs
+
+
+@dataclass
+class SelectMoeOutput(MoeCausalLMOutputWithPast):
+    """OLMoE's output plus the gates'.
+
+    Attributes:
+        ce_loss: the cross-entropy alone.
+        quality_loss: L_q, unweighted.
+        quality_score: per layer [B, T, 1], raw, float32.
+        moe_logits: per layer [B*T, E], raw, float32.
+    """
+
+    ce_loss: Tensor | None = None
+    quality_loss: Tensor | None = None
+    quality_score: tuple[Tensor, ...] | None = None
+    moe_logits: tuple[Tensor, ...] | None = None
+
+
+class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
+    """The language model with its quality gates and their losses."""
+
+    def __init__(self, config: SelectMoeConfig) -> None:
+        """Build the model with fresh weights."""
+        super().__init__(config)
+        self.model = SelectMoeModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        row_labels: Tensor | None = None,
+        answer_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SelectMoeOutput:
+        """As `OlmoeForCausalLM.forward`; with labels and `output_router_logits` the loss is that of `selectmoe.losses`.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 on valid tokens; 2-d where a loss is asked for.
+            position_ids: as OLMoE's.
+            past_key_values: as OLMoE's.
+            inputs_embeds: as OLMoE's.
+            labels: [B, T], -100 is not learned. `num_items_in_batch` (learned tokens of the global step) normalises.
+            use_cache: as OLMoE's.
+            output_router_logits: also give scores and router logits, and add their losses.
+            logits_to_keep: as OLMoE's.
+            row_labels: [B], 1 for pool rows, 0 for corrupted copies (never learned by the cross-entropy).
+            answer_mask: [B, T], 1 on answer tokens.
+            **kwargs: handed on to the base model.
+
+        Raises:
+            UserError: the configured quality loss is unknown or lacks its arguments.
+        """
+        record = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        items = kwargs.pop("num_items_in_batch", None)
+        base = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=record,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(base.last_hidden_state, logits_to_keep))
+        out = SelectMoeOutput(
+            logits=logits,
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+            router_logits=base.router_logits,
+            quality_score=base.get("quality_score"),
+            moe_logits=base.get("moe_logits"),
+        )
+        if labels is not None:
+            out.ce_loss = self._cross_entropy(logits, labels, row_labels, items)
+            out.loss = out.ce_loss
+        if record:
+            out.aux_loss = load_balancing_loss_func(
+                out.moe_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask
+            )
+            if labels is not None:
+                self._add_losses(out, base.last_hidden_state, attention_mask, row_labels, answer_mask)
+        return out
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, row_labels: Tensor | None, items: Any) -> Tensor:
+        """Shifted next-token cross-entropy over the learned tokens of clean rows; zero where there is none."""
+        if row_labels is not None:
+            labels = labels.masked_fill((row_labels == 0).to(labels.device)[:, None], -100)
+        if items is None:
+            items = (labels[:, 1:] != -100).sum().clamp(min=1)
+        loss: Tensor = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items)
+        return loss
+
+    def _add_losses(
+        self,
+        out: SelectMoeOutput,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        row_labels: Tensor | None,
+        answer_mask: Tensor | None,
+    ) -> None:
+        """Add coef * ([enable_load_balancing] L_lb + quality_loss_weight L_q) to the loss of `out`."""
+        config = self.config
+        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
+        scores = out.quality_score or ()
+        out.quality_loss = quality_loss(
+            config.quality_loss_type, scores, mask, config.quality_loss_params, row_labels, answer_mask
+        )
+        extra = config.quality_loss_weight * out.quality_loss
+        if config.enable_load_balancing:
+            extra = extra + out.aux_loss
+        out.loss = out.ce_loss + config.router_aux_loss_coef * extra.to(out.ce_loss.device)
+
+
+class OriginalOlmoe(OlmoeForCausalLM):
+    """OLMoE itself, with the one liberty of `qk_norm: false` in its config (what `upcycle` makes of a Llama-like model)."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        """Build the model with fresh weights."""
+        super().__init__(config)
+        if not getattr(config, "qk_norm", True):
+            for layer in self.model.layers:
+                drop_qk_norm(layer.self_attn)
+
+
+AutoConfig.register("select_moe", SelectMoeConfig)
+AutoModel.register(SelectMoeConfig, SelectMoeModel)
+AutoModelForCausalLM.register(SelectMoeConfig, SelectMoeForCausalLM)
+# On disk the experts keep OLMoE's per-expert layout, in memory they are fused.
+register_checkpoint_conversion_mapping("select_moe", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+
+
+def open_gates(model: SelectMoeForCausalLM) -> None:
+    """Set every gate to g = 1 exactly, at which an applied gate changes nothing."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, QualityGate):
+                module.weight.zero_()
+                module.bias.fill_(OPEN_BIAS)
+
+
+def load_judge(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> SelectMoeForCausalLM:
+    """A Select-MoE checkpoint in eval mode; its gates are float32 whatever the dtype.
+
+    Raises:
+        UserError: there is no checkpoint at `path`, or it is not a Select-MoE one.
+    """
+    from selectmoe.checkpoint import resolve
+
+    source = resolve(str(path), ("select_moe",), "selector_model.path", "make one with `selectmoe convert`")
+    model: SelectMoeForCausalLM = SelectMoeForCausalLM.from_pretrained(source.path, dtype=dtype)
+    return model.to(device).eval()

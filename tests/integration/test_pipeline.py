@@ -1,0 +1,118 @@
+"""The compiled pipeline through KFP's local runner, with the real S3 and MLflow servers, on a tiny pool.
+
+pytest tests/integration/test_pipeline.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORDS = "river stone cloud light garden winter bridge paper market silver window letter summer harbour".split()
+
+
+def pool(path: Path) -> Path:
+    path.mkdir()
+    for source in range(6):
+        with open(path / f"source{source}.jsonl", "w", encoding="utf-8") as file:
+            for i in range(12):
+                at = (source * 5 + i * 3) % len(WORDS)
+                turns = [
+                    {"role": "user", "content": f"Question {i} of source {source}: what is a {WORDS[at]}?"},
+                    {"role": "assistant", "content": f"A {WORDS[at]} is near the {WORDS[(at + i) % len(WORDS)]} {i}."},
+                ]
+                file.write(json.dumps({"id": f"s{source}-{i:02d}", "messages": turns}) + "\n")
+    return path
+
+
+class Here:
+    """A state folder, and commands that run in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = folder / "state"
+        self.data = pool(folder / "pool")
+
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"SELECTMOE_STATE": str(self.state), "OMP_NUM_THREADS": "1"}
+        for name in ("SELECTMOE_S3_PORT", "SELECTMOE_MLFLOW_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+            environment.pop(name, None)
+        command = [sys.executable, "-m", "pipelines.local", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
+
+    def run(self) -> str:
+        done = self.call("run", "preset=tiny", f"data={self.data}", "shards=2")
+        assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def executed(self) -> list[str]:
+        return [json.loads(line)["stage"] for line in (self.state / "events.jsonl").read_text().splitlines()]
+
+    def mlflow(self, path: str, **body: Any) -> Any:
+        servers = json.loads((self.state / "servers.json").read_text())
+        url = f"http://127.0.0.1:{servers['mlflow']['port']}/api/2.0/mlflow/{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    found = Here(tmp_path_factory.mktemp("pipeline"))
+    yield found
+    found.call("down")
+
+
+@pytest.mark.timeout(600)
+def test_from_rows_to_a_verdict_and_again(here: Here) -> None:
+    said = here.run()
+    assert "verdict: " in said and "make down" in said
+    every = set(here.executed())
+    assert every == set(
+        "check ingest pretrain convert verify warmup route merge select baseline finetune evaluate report".split()
+    )
+    servers = (here.state / "servers.json").read_text()
+
+    said = here.run()
+    assert here.executed() == ["check"]
+    assert "all stages came from the cache" in said
+    assert (here.state / "servers.json").read_text() == servers, "what is up is used again"
+
+    path = here.data / "source0.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("Question 3", "Question three"), encoding="utf-8")
+    here.run()
+    assert set(here.executed()) == every, "everything lies downstream of the pool"
+
+    experiments = here.mlflow("experiments/search", max_results=10)["experiments"]
+    ours = next(e["experiment_id"] for e in experiments if e["name"] == "select-moe")
+    runs = here.mlflow("runs/search", experiment_ids=[ours], max_results=500)["runs"]
+    tags = [{t["key"]: t["value"] for t in run["data"]["tags"]} for run in runs]
+    parents = [run["info"]["run_id"] for run, tag in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in tag]
+    assert len(parents) == 2, "one per pool; the unchanged run went on in the first one"
+    stages = {tag["select_moe.stage"] for tag in tags if tag.get("mlflow.parentRunId") == parents[0]}
+    assert {"ingest", "convert", "warmup", "route", "select", "finetune", "evaluate", "report"} <= stages
+    stored = {p.name for p in (here.state / "s3").rglob("*") if p.is_file()}
+    assert {"report.html", "full_rank_weights.safetensors", "selected_data.jsonl"} <= stored
+    assert "model.safetensors" not in stored, "checkpoints are there by reference"
+
+    keys = json.loads((here.state / "credentials.json").read_text())
+    logs = "".join(p.read_text(errors="replace") for p in here.state.glob("*.log"))
+    assert not any(key in logs for key in keys.values())
+    assert here.call("down").stdout.startswith("stopped: ")
+    assert here.call("down").stdout == "nothing was up\n"
+
+
+def test_a_mistake_is_said_before_anything_starts(tmp_path: Path) -> None:
+    here = Here(tmp_path)
+    done = here.call("run", "preset=tiny", f"data={tmp_path / 'missing.jsonl'}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "missing.jsonl" in done.stderr
+    assert not here.state.exists()
