@@ -63,7 +63,7 @@ def run(
         link_tree(output, final)
     manifest = mf.read_manifest(final, verify=False)
     artifact.metadata.update(stage=stage, identity=manifest.identity, checksum=manifest.checksum)
-    tracking.publish(final, journal=work_root)
+    tracking.submit(final, work_root)
 
 
 def run_checkpoint(
@@ -88,7 +88,7 @@ def run_checkpoint(
     shutil.copyfile(output / mf.NAME, final / mf.NAME)
     manifest = mf.read_manifest(output, verify=False)
     artifact.metadata.update(stage=stage, identity=manifest.identity, uri=str(output))
-    tracking.publish(output, journal=work_root)
+    tracking.submit(output, work_root)
     return (json.dumps({"uri": str(output), "digest": manifest.identity}, sort_keys=True),)
 
 
@@ -137,7 +137,7 @@ def check(artifact: Any, named: Mapping[str, str], overrides: list[str]) -> tupl
         config = compose([*arguments, *overrides, f"output_dir={artifact.path}"])
         output = stage.run(config)
     plan = stage.Plan(**json.loads((output / "check.json").read_text(encoding="utf-8")))
-    tracking.publish(output, journal=named["work_root"])
+    tracking.submit(output, named["work_root"])
     configs = [json.dumps(plan.stages[name], sort_keys=True) for name in STAGES]
     source, target = (_reference(plan, config, name) for name in ("source_model", "target_model"))
     shards = [f"{index}/{plan.shards}" for index in range(plan.shards)]
@@ -145,8 +145,20 @@ def check(artifact: Any, named: Mapping[str, str], overrides: list[str]) -> tupl
     return (*configs, plan.judge, source, target, *rows, plan.digests["code"], plan.arm_seeds, shards)
 
 
-STAGES = tuple(
-    "ingest upcycle pretrain convert verify warmup route merge select baseline finetune evaluate report".split()
+STAGES = (
+    "ingest",
+    "upcycle",
+    "pretrain",
+    "convert",
+    "verify",
+    "warmup",
+    "route",
+    "merge",
+    "select",
+    "baseline",
+    "finetune",
+    "evaluate",
+    "report",
 )
 """The stages for which `check` hands on a configuration, in the order of its outputs."""
 

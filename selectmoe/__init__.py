@@ -3,4 +3,9 @@
 Run ``selectmoe --help``. One stage is one module with one ``run(config)``; see docs/design.md.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Read by MKL at its first use: the same bits whatever the number of threads (docs/design.md, "Resume").
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

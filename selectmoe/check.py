@@ -106,7 +106,10 @@ def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
     stages: dict[str, dict[str, Any]] = {}
     for name, cls in CONFIGS.items():
-        stages[name] = values(getattr(config, name), "identity", "execution") | common | extra.get(name, {})
+        own = values(getattr(config, name), "identity", "execution")
+        stages[name] = own | common | extra.get(name, {})
+        if own["threads"]:  # tasks that run side by side on one machine share its cores
+            stages[name]["threads"] = own["threads"]
         for key in ("output_dir", "work_root"):
             stages[name].pop(key, None)
         if name == "route":

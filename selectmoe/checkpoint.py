@@ -23,7 +23,7 @@ METADATA = {"format": "pt"}
 """The single metadata key of what we write: several come out in changing order."""
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -34,10 +34,14 @@ class GateOptions:
 
     quality_gate_init_mean: float = identity(0.0, doc="mean of the gates' initial weights")
     quality_gate_init_std: float = identity(0.02, doc="standard deviation of the gates' initial weights")
-    quality_gate_init_bias: float | None = identity(None, doc="initial bias; default 0 for observers, +3 for applied gates")
+    quality_gate_init_bias: float | None = identity(
+        None, doc="initial bias; default 0 for observers, +3 for applied gates"
+    )
     gate_mode: str = identity("observer", doc="observer: the gate only reads; applied: it scales the MoE's output")
     trash_expert_mode: str = identity("zero", doc="what replaces the MoE where an applied gate closes: zero, noise")
-    quality_loss_type: str = identity("sigmoid", doc="quality loss in the checkpoint's config; warmup's recipe decides its own")
+    quality_loss_type: str = identity(
+        "sigmoid", doc="quality loss in the checkpoint's config; warmup's recipe decides its own"
+    )
     quality_loss_weight: float = identity(1.0, doc="weight of the quality loss, before router_aux_loss_coef")
     enable_load_balancing: bool = identity(False, doc="add the load-balancing loss when training")
 
@@ -104,13 +108,17 @@ def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[s
     try:
         loaded = SelectMoeConfig(**{k: v for k, v in converted.items() if k != "model_type"})
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"source_model={config.source_model}: config.json is refused: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"source_model={config.source_model}: config.json is refused: {str(error).splitlines()[0]}"
+        ) from None
     converted["quality_gate_init_bias"] = loaded.quality_gate_init_bias
     converted["qk_norm"] = loaded.qk_norm
     return converted
 
 
-def tensors(source: checkpoint.Source, converted: dict[str, Any], config: ConvertConfig) -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    source: checkpoint.Source, converted: dict[str, Any], config: ConvertConfig
+) -> Iterator[tuple[str, Tensor]]:
     """The original's tensors, then the gates, layer by layer."""
     import torch
 

@@ -240,8 +240,12 @@ def write_rows(directory: Path, rows: int, max_tokens: int, seed: int) -> None:
                 file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def write_model(directory: Path) -> None:
+def write_model(directory: Path, threads: int = 0) -> None:
     """Write SmolLM2-135M-Instruct, dequantised to float32, with its tokenizer.
+
+    Args:
+        directory: an empty folder.
+        threads: CPU threads; 0: all cores.
 
     Raises:
         UserError: the package that ships it, or the library that reads it, is not installed.
@@ -252,6 +256,9 @@ def write_model(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from selectmoe.device import set_threads
+
+    set_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -292,5 +299,5 @@ def run(config: DemoConfig) -> Path:
     rows, max_tokens = config.rows or rows, config.max_tokens or max_tokens
     _once(path / "data", lambda directory: write_rows(directory, rows, max_tokens, config.seed))
     if config.model:
-        _once(path / "model", write_model)
+        _once(path / "model", lambda directory: write_model(directory, config.threads))
     return path

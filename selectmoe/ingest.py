@@ -155,7 +155,10 @@ def read_dataset(name: str, path: Path, intake: Intake) -> None:
     Raises:
         UserError: there is no file, or one is damaged or not JSON at all.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
+    files = [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
+        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if not files:
         raise UserError(f"{path} holds no .jsonl, .json or .parquet file")
     for file in files:

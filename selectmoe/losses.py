@@ -26,6 +26,8 @@ BINS = 20
 """Bins of the differentiable histogram on [0, 1] that `entropy` is taken from."""
 
 Params = Mapping[str, Any]
+Loss = Callable[[Tensor, Tensor, Params], Tensor]
+"""(raw scores [B, T], valid tokens [B, T] bool, parameters) -> a scalar."""
 
 
 def _token_mean(values: Tensor, mask: Tensor, by_row: bool) -> Tensor:
@@ -57,12 +59,16 @@ def _mse(score: Tensor, mask: Tensor, p: Params) -> Tensor:
 
 def _beta_moment_matching(score: Tensor, mask: Tensor, p: Params) -> Tensor:
     mean, variance = _moments(torch.sigmoid(score), mask)
-    return p["w_mean"] * (mean - p["beta_target_mean"]) ** 2 + p["w_var"] * (variance - p["beta_target_var"]) ** 2
+    loss: Tensor = (
+        p["w_mean"] * (mean - p["beta_target_mean"]) ** 2 + p["w_var"] * (variance - p["beta_target_var"]) ** 2
+    )
+    return loss
 
 
 def _mean_variance(score: Tensor, mask: Tensor, p: Params) -> Tensor:
     mean, variance = _moments(torch.sigmoid(score), mask)
-    return (mean - 0.5) ** 2 - p["lambda_var"] * variance
+    loss: Tensor = (mean - 0.5) ** 2 - p["lambda_var"] * variance
+    return loss
 
 
 def histogram_entropy(good: Tensor, mask: Tensor) -> Tensor:
@@ -85,7 +91,8 @@ def histogram_entropy(good: Tensor, mask: Tensor) -> Tensor:
 def _entropy(score: Tensor, mask: Tensor, p: Params) -> Tensor:
     good = torch.sigmoid(score)
     mean = _token_mean(good, mask, by_row=False)
-    return (mean - 0.5) ** 2 - p["lambda_entropy"] * histogram_entropy(good, mask)
+    loss: Tensor = (mean - 0.5) ** 2 - p["lambda_entropy"] * histogram_entropy(good, mask)
+    return loss
 
 
 def _contrastive(score: Tensor, mask: Tensor, p: Params) -> Tensor:
@@ -97,7 +104,7 @@ def _contrastive(score: Tensor, mask: Tensor, p: Params) -> Tensor:
     return _token_mean(loss, mask & answer.to(mask.device, torch.bool), by_row=True)
 
 
-LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Params], Tensor], dict[str, Any]]] = {
+LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {
     "sigmoid": (_sigmoid, {"sample_wise_averaging": True}),
     "mse": (_mse, {"target": 0.0, "sample_wise_averaging": True}),
     "beta_moment_matching": (

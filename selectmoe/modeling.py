@@ -18,11 +18,14 @@ Everything else *is* OLMoE: this file subclasses and does not rewrite it. A base
 included: mask it). Gates stay float32 whatever the model's dtype.
 """
 
+# mypy: disable-error-code="misc, untyped-decorator"
+# transformers carries no types: its classes and decorators are Any to mypy.
+
 import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -175,9 +178,9 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
     """What all Select-MoE models share: initialisation, recorded outputs, checkpointing."""
 
     config: SelectMoeConfig
-    _no_split_modules = ["SelectMoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = {"quality_gate"}
-    _can_record_outputs = {
+    _no_split_modules: ClassVar[list[str]] = ["SelectMoeDecoderLayer"]
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"quality_gate"}
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "router_logits": OutputRecorder(OlmoeTopKRouter, index=0),
         "quality_score": OutputRecorder(QualityGate, index=0),
         "hidden_states": SelectMoeDecoderLayer,
@@ -206,7 +209,9 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
         """
         keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
         if enable and keywords.get("use_reentrant"):
-            logger.warning("use_reentrant=True would cut the gates' gradient: checkpointing without re-entering instead")
+            logger.warning(
+                "use_reentrant=True would cut the gates' gradient: checkpointing without re-entering instead"
+            )
         function = functools.partial(checkpoint, **(keywords | {"use_reentrant": False}))
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
@@ -327,14 +332,16 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
             moe_logits=base.get("moe_logits"),
         )
         if labels is not None:
-            out.ce_loss = self._cross_entropy(logits, labels, row_labels, items)
-            out.loss = out.ce_loss
+            out.ce_loss = out.loss = self._cross_entropy(logits, labels, row_labels, items)
         if record:
             out.aux_loss = load_balancing_loss_func(
                 out.moe_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask
             )
-            if labels is not None:
-                self._add_losses(out, base.last_hidden_state, attention_mask, row_labels, answer_mask)
+            if out.loss is not None:
+                valid = base.last_hidden_state.new_ones(base.last_hidden_state.shape[:2])
+                if attention_mask is not None:
+                    valid = attention_mask[:, -valid.shape[1] :]
+                out.loss = out.loss + self._router_losses(out, valid, row_labels, answer_mask).to(out.loss.device)
         return out
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, row_labels: Tensor | None, items: Any) -> Tensor:
@@ -346,25 +353,24 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
         loss: Tensor = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items)
         return loss
 
-    def _add_losses(
-        self,
-        out: SelectMoeOutput,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        row_labels: Tensor | None,
-        answer_mask: Tensor | None,
-    ) -> None:
-        """Add coef * ([enable_load_balancing] L_lb + quality_loss_weight L_q) to the loss of `out`."""
+    def _router_losses(
+        self, out: SelectMoeOutput, valid: Tensor, row_labels: Tensor | None, answer_mask: Tensor | None
+    ) -> Tensor:
+        """Coef * ([enable_load_balancing] L_lb + quality_loss_weight L_q); notes L_q in `out`."""
         config = self.config
-        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
-        scores = out.quality_score or ()
         out.quality_loss = quality_loss(
-            config.quality_loss_type, scores, mask, config.quality_loss_params, row_labels, answer_mask
+            config.quality_loss_type,
+            out.quality_score or (),
+            valid,
+            config.quality_loss_params,
+            row_labels,
+            answer_mask,
         )
-        extra = config.quality_loss_weight * out.quality_loss
+        total = config.quality_loss_weight * out.quality_loss
         if config.enable_load_balancing:
-            extra = extra + out.aux_loss
-        out.loss = out.ce_loss + config.router_aux_loss_coef * extra.to(out.ce_loss.device)
+            total = total + out.aux_loss
+        scaled: Tensor = config.router_aux_loss_coef * total
+        return scaled
 
 
 class OriginalOlmoe(OlmoeForCausalLM):
@@ -377,12 +383,26 @@ class OriginalOlmoe(OlmoeForCausalLM):
             for layer in self.model.layers:
                 drop_qk_norm(layer.self_attn)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # else it would silently run other experts kernels than OLMoE and Select-MoE
+
 
 AutoConfig.register("select_moe", SelectMoeConfig)
 AutoModel.register(SelectMoeConfig, SelectMoeModel)
 AutoModelForCausalLM.register(SelectMoeConfig, SelectMoeForCausalLM)
 # On disk the experts keep OLMoE's per-expert layout, in memory they are fused.
 register_checkpoint_conversion_mapping("select_moe", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+
+
+def realign(model: nn.Module) -> None:
+    """Copy every parameter into memory of its own, in place.
+
+    Weights that are mapped from a file lie wherever the file has them, and matrix kernels round differently by
+    alignment: without this the same weights give other bits when the file holds one more tensor.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def open_gates(model: SelectMoeForCausalLM) -> None:
@@ -403,5 +423,7 @@ def load_judge(path: str | Path, device: torch.device | str, dtype: torch.dtype)
     from selectmoe.checkpoint import resolve
 
     source = resolve(str(path), ("select_moe",), "selector_model.path", "make one with `selectmoe convert`")
-    model: SelectMoeForCausalLM = SelectMoeForCausalLM.from_pretrained(source.path, dtype=dtype)
-    return model.to(device).eval()
+    model: SelectMoeForCausalLM = SelectMoeForCausalLM.from_pretrained(source.path, dtype=dtype).to(device)
+    realign(model)
+    model.eval()
+    return model

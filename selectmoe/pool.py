@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from selectmoe.errors import UserError
@@ -76,7 +76,7 @@ def write_pool(directory: Path, rows: Iterable[Row]) -> None:
     schema = pa.schema([("dataset", pa.string()), ("id", pa.string()), ("messages", pa.list_(message))])
     directory.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: row.key)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.key == after.key:
             raise ValueError(f"two rows of the pool have the key {after.key}")
     for name, group in groupby(ordered, key=lambda row: row.dataset):

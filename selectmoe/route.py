@@ -1,6 +1,7 @@
-"""Stage 2: the judge reads a pool once and says, per row and layer, how good it is and which experts it takes.
+r"""Stage 2: the judge reads a pool once and says, per row and layer, how good it is and which experts it takes.
 
-    selectmoe route selector_model.path=out/convert model_checkpoint_path=out/warmup data=out/ingest output_dir=out/r
+    selectmoe route selector_model.path=out/convert model_checkpoint_path=out/warmup data=out/ingest \
+        output_dir=out/route
 
 In: a Select-MoE checkpoint, the router weights that `warmup` trained, a pool. Out: `router_data/` (formats and shapes:
 `selectmoe.router_data`) and `plan.json` (batches, rows, tokens, and the plan's digest).

@@ -15,6 +15,7 @@ What exceeds `PART_BYTES` goes on in `NAME@1`, `NAME@2` and so on (no dataset's 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def concatenate(parts: Sequence[RouterData]) -> RouterData:
     whole = RouterData(**columns)
     keys = whole.keys
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in itertools.pairwise(order):
         if keys[a] == keys[b]:
             raise UserError(
                 f"row {keys[a][1]!r} of dataset {keys[a][0]!r} is there twice: is a shard or a folder named twice?"

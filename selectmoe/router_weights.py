@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ from selectmoe.errors import UserError
 LEGACY = "full_rank_weights.pt"
 NATIVE = "full_rank_weights.safetensors"
 TARGET_PATTERNS = ["quality_gate", ".gate.weight", "router"]
+UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OSError),
+    *(LookupError, TypeError, ValueError, AttributeError, RuntimeError),
+)
+"""What a file that is no file of weights raises."""
+
 OURS = re.compile(r"model\.layers\.\d+\.(quality_gate\.(weight|bias)|mlp\.gate\.weight)")
 
 
@@ -96,17 +104,11 @@ def read_router_weights(path: Path | str) -> dict[str, Tensor]:
             tensors = load_file(file)
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)["full_rank_weights"]
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, EOFError, OSError, *_pickle()) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file} cannot be read as router weights: {_first_line(error)}") from None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{file} holds no router weights")
     return {from_seed(str(name)): tensor for name, tensor in tensors.items()}
-
-
-def _pickle() -> tuple[type[Exception], ...]:
-    import pickle
-
-    return (pickle.UnpicklingError,)
 
 
 def _first_line(error: Exception) -> str:
@@ -145,4 +147,4 @@ def load_router_weights(model: nn.Module, path: Path | str) -> None:
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds a value that is not finite")
     for name, tensor in tensors.items():
-        wanted[name].data = tensor.to(wanted[name].device)
+        wanted[name].data = tensor.to(wanted[name].device, copy=True)

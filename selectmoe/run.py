@@ -53,7 +53,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
 """The stages of the chain in their order, with their configurations; each is a group of `RunConfig` of the same name."""
 
 MANAGED = {
-    "": ("output_dir", "work_root", "seed", "threads"),
+    "": ("output_dir", "work_root", "seed"),
     "route": ("shard.index", "shard.count"),
     "select": ("selection_percentage", "selection_rows", "selection_tokens"),
     "baseline": ("arms", "seeds", "selection_percentage", "selection_rows", "selection_tokens"),

@@ -1,8 +1,8 @@
-"""The one text template, for training, routing and fine-tuning alike: messages -> token ids and masks.
+r"""The one text template, for training, routing and fine-tuning alike: messages -> token ids and masks.
 
 No command runs this module. A row becomes (after LESS, https://arxiv.org/abs/2402.04333)::
 
-    <|system|>\\nTEXT\\n   <|user|>\\nTEXT\\n   <|assistant|>\\nTEXT EOS \\n
+    <|system|>\nTEXT\n   <|user|>\nTEXT\n   <|assistant|>\nTEXT EOS \n
 
 Segments (role tag, text, newline) are encoded one by one, special tokens in texts disabled, and the masks come from the
 segments' borders: a user who writes ``<|assistant|>`` or ``<|endoftext|>`` moves no mask and ends no text. All segments of

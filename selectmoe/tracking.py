@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "select-moe"
+DEFER = "SELECTMOE_DEFER"
+"""Environment variable: set where tasks leave the sending to the process that started them."""
 TAG = "select_moe."
 SHARD = "route-shard-"
 """How the stage of an unmerged shard begins; what `merge` makes of the shards is uploaded."""
@@ -98,6 +100,19 @@ def address(run_id: str, experiment: str = "") -> str:
     return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
+def submit(output_dir: Path | str, work_root: str) -> None:
+    """Send a finished stage's output, or only note it in the journal where another process sends (`SELECTMOE_DEFER`).
+
+    Args:
+        output_dir: a finished output.
+        work_root: its journal takes what is not sent.
+    """
+    if os.environ.get(DEFER):
+        _note(work_root, Path(output_dir), os.environ.get("SELECTMOE_PARENT_RUN", ""))
+    else:
+        publish(output_dir, journal=work_root)
+
+
 def publish(output_dir: Path | str, parent_run_id: str | None = None, journal: str = "") -> str | None:
     """Send a finished stage's output to MLflow as a nested run; the same identity below the same parent only once.
 
@@ -125,10 +140,14 @@ def publish(output_dir: Path | str, parent_run_id: str | None = None, journal: s
             file=sys.stderr,
         )
         if journal:
-            entry = {"output_dir": str(Path(output_dir).resolve()), "parent": parent}
-            open_store(f"{journal}/journal").put_bytes(f"{mf.digest(entry)[:24]}.json", mf.canonical_json(entry))
+            _note(journal, Path(output_dir), parent)
             print(f"when MLflow is back: selectmoe sync {journal}", file=sys.stderr)
         return None
+
+
+def _note(work_root: str, output: Path, parent: str) -> None:
+    entry = {"output_dir": str(output.resolve()), "parent": parent}
+    open_store(f"{work_root}/journal").put_bytes(f"{mf.digest(entry)[:24]}.json", mf.canonical_json(entry))
 
 
 def sync(work_root: str) -> int:
@@ -304,8 +323,10 @@ def _uploads(output: Path, manifest: mf.Manifest) -> list[Path]:
         path
         for path in files
         if path.relative_to(output).as_posix() == mf.NAME
-        or not fnmatch.fnmatch(path.relative_to(output).parts[0], checkpoints)
-        and any(fnmatch.fnmatch(path.relative_to(output).as_posix(), glob) for glob in globs)
+        or (
+            not fnmatch.fnmatch(path.relative_to(output).parts[0], checkpoints)
+            and any(fnmatch.fnmatch(path.relative_to(output).as_posix(), glob) for glob in globs)
+        )
     ]
 
 

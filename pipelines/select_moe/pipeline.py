@@ -4,11 +4,14 @@
           -> select -> baseline -> [ARM:SEED: finetune -> evaluate], evaluate base -> report
 
 `check` is never cached. Whatever it proved comes back as parameters (digests, one configuration per stage), on which
-every other task is cached: an unchanged second run executes `check` and nothing else. The chain is a pipeline in the
-pipeline because KFP's local runner resolves the items of a loop only among a pipeline's own parameters.
+every other task is cached: an unchanged second run executes `check` and nothing else. The loops stand in pipelines of
+their own because KFP's local runner (2.17) resolves a loop's items only among its pipeline's own parameters, and puts
+the item in the place of every parameter that a loop takes from a task beside it.
 """
 
 # No `from __future__ import annotations`: KFP reads the annotations as objects.
+
+from kfp import dsl
 
 from components.adopt.component import adopt
 from components.baseline.component import baseline
@@ -25,7 +28,6 @@ from components.select.component import select
 from components.upcycle.component import upcycle
 from components.verify.component import verify
 from components.warmup.component import warmup
-from kfp import dsl
 
 COMPONENTS = (
     check,
@@ -62,6 +64,74 @@ STAGES = (
 )
 PARAMETERS = ("judge", "source", "target", "rows", "pool_digest", "code", "arm_seeds", "shards")
 """What `check` hands to the chain: a configuration per stage, and these."""
+
+
+@dsl.pipeline(name="routing", description="Router data of the whole pool, shard by shard.")
+def routing(
+    selector: str,
+    router_weights: dsl.Input[dsl.Model],
+    pool: dsl.Input[dsl.Dataset],
+    shards: list,  # type: ignore[type-arg]  # KFP knows only the bare name
+    route_config: str,
+    merge_config: str,
+    code: str,
+    work_root: str,
+) -> dsl.Dataset:
+    """Route every shard, and put the shards together."""
+    common = {"code": code, "work_root": work_root}
+    with dsl.ParallelFor(shards, name="shards") as shard:
+        part = route(
+            selector=selector, router_weights=router_weights, pool=pool, shard=shard, config=route_config, **common
+        )
+    merged = merge(shards=dsl.Collected(part.outputs["router_data"]), config=merge_config, **common)
+    router_data: dsl.Dataset = merged.outputs["router_data"]
+    return router_data
+
+
+@dsl.pipeline(name="comparison", description="Every arm fine-tuned and evaluated with every seed; the report.")
+def comparison(
+    target: str,
+    source: str,
+    converted: str,
+    pool: dsl.Input[dsl.Dataset],
+    proof: dsl.Input[dsl.Dataset],
+    router_weights: dsl.Input[dsl.Model],
+    router_data: dsl.Input[dsl.Dataset],
+    selection: dsl.Input[dsl.Dataset],
+    baselines: dsl.Input[dsl.Dataset],
+    arm_seeds: list,  # type: ignore[type-arg]
+    finetune_config: str,
+    evaluate_config: str,
+    report_config: str,
+    code: str,
+    work_root: str,
+) -> dsl.Dataset:
+    """Fine-tune and evaluate every arm with every seed, evaluate the base model, and report."""
+    common = {"code": code, "work_root": work_root}
+    models = {"target": target, "source": source}
+    base = evaluate(pool=pool, arm_seed="base:0", config=evaluate_config, **models, **common)
+    with dsl.ParallelFor(arm_seeds, name="arms") as arm_seed:
+        tuned = finetune(
+            selection=selection, baselines=baselines, arm_seed=arm_seed, config=finetune_config, **models, **common
+        )
+        adapter = tuned.outputs["adapters"]
+        judged = evaluate(pool=pool, adapters=adapter, arm_seed=arm_seed, config=evaluate_config, **models, **common)
+    final = report(
+        converted=converted,
+        pool=pool,
+        proof=proof,
+        router_weights=router_weights,
+        router_data=router_data,
+        selection=selection,
+        baselines=baselines,
+        base=base.outputs["evaluation"],
+        adapters=dsl.Collected(adapter),
+        evaluations=dsl.Collected(judged.outputs["evaluation"]),
+        config=report_config,
+        **common,
+    )
+    result: dsl.Dataset = final.outputs["result"]
+    return result
 
 
 @dsl.pipeline(name="chain", description="From the judge to the verdict.")
@@ -109,45 +179,24 @@ def chain(
     weights = warmup(selector=selector, pool=pool, config=warmup_config, **common).after(proof)
     router_weights = weights.outputs["router_weights"]
 
-    with dsl.ParallelFor(shards, name="shards") as shard:
-        part = route(
-            selector=selector,
-            router_weights=router_weights,
-            pool=pool,
-            shard=shard,
-            config=route_config,
-            **common,
-        )
-    merged = merge(shards=dsl.Collected(part.outputs["router_data"]), config=merge_config, **common)
-    router_data = merged.outputs["router_data"]
+    router_data = routing(
+        selector=selector,
+        router_weights=router_weights,
+        pool=pool,
+        shards=shards,
+        route_config=route_config,
+        merge_config=merge_config,
+        **common,
+    ).output
 
     chosen = select(router_data=router_data, pool=pool, config=select_config, **common)
     selection = chosen.outputs["selection"]
     others = baseline(router_data=router_data, pool=pool, config=baseline_config, **common)
     baselines = others.outputs["baselines"]
 
-    models = {"target": target, "source": olmoe}
-    base = evaluate(pool=pool, arm_seed="base:0", config=evaluate_config, **models, **common)
-    with dsl.ParallelFor(arm_seeds, name="arms") as arm_seed:
-        tuned = finetune(
-            selection=selection,
-            baselines=baselines,
-            arm_seed=arm_seed,
-            config=finetune_config,
-            **models,
-            **common,
-        )
-        adapter = tuned.outputs["adapters"]
-        judged = evaluate(
-            pool=pool,
-            adapters=adapter,
-            arm_seed=arm_seed,
-            config=evaluate_config,
-            **models,
-            **common,
-        )
-
-    final = report(
+    result: dsl.Dataset = comparison(
+        target=target,
+        source=olmoe,
         converted=selector,
         pool=pool,
         proof=proof.outputs["proof"],
@@ -155,13 +204,12 @@ def chain(
         router_data=router_data,
         selection=selection,
         baselines=baselines,
-        base=base.outputs["evaluation"],
-        adapters=dsl.Collected(adapter),
-        evaluations=dsl.Collected(judged.outputs["evaluation"]),
-        config=report_config,
+        arm_seeds=arm_seeds,
+        finetune_config=finetune_config,
+        evaluate_config=evaluate_config,
+        report_config=report_config,
         **common,
-    )
-    result: dsl.Dataset = final.outputs["result"]
+    ).output
     return result
 
 

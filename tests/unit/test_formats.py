@@ -83,7 +83,11 @@ def test_spec7_28_one_bad_line_never_loses_its_file(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n{"a": NaN}\n\xff\xfe\n{"a": "\xc3\xa9"}\r\n{"a": 3}')
     found = lines(path)
     assert [(n, v) for n, v, error in found if not error] == [(1, {"a": 1}), (6, {"a": "é"}), (7, {"a": 3})]
-    assert [(n, error.split(" (")[0]) for n, _, error in found if error] == [(3, "not JSON"), (4, "not JSON"), (5, "not UTF-8")]
+    assert [(n, error.split(" (")[0]) for n, _, error in found if error] == [
+        (3, "not JSON"),
+        (4, "not JSON"),
+        (5, "not UTF-8"),
+    ]
 
 
 def test_a_file_that_is_not_json_is_an_error(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_means_are_over_valid_and_over_answer_tokens() -> None:
             if a.any():
                 assert np.isclose(pooled["quality_score_answer"][b, layer], s[a].mean(), atol=1e-6)
                 assert np.isclose(pooled["good_ratio_answer"][b, layer], (1 / (1 + np.exp(-s[a]))).mean(), atol=1e-6)
-    assert np.isnan(pooled["quality_score_answer"][2]).all() and np.isfinite(pooled["quality_score"]).all()
+    assert np.isnan(pooled["quality_score_answer"][2]).all()
+    assert np.isfinite(pooled["quality_score"]).all()
     assert {array.dtype for array in pooled.values()} == {np.dtype(np.float32)}
 
 
@@ -65,7 +66,8 @@ def test_spec7_24_the_head_sees_only_positions_that_predict_an_answer_token() ->
     with torch.no_grad():
         nll = answer_nll(head, hidden, ids, answer)
         logp = torch.log_softmax(linear(hidden).double(), -1)
-    assert sum(seen) == length and max(seen) <= HEAD_POSITIONS
+    assert sum(seen) == length
+    assert max(seen) <= HEAD_POSITIONS
     assert np.isclose(nll[0], -np.mean([logp[0, t - 1, ids[0, t]] for t in range(1, length)]), atol=1e-6)
     assert np.isclose(nll[1], -float(logp[1, 2, ids[1, 3]]), atol=1e-6)
     assert np.isnan(nll[2])
@@ -76,10 +78,14 @@ def test_the_unconditional_pass_ends_with_the_same_answer_tokens() -> None:
     assert [answer_end(answer, n) for n in (0, 1, 2, 3, 9)] == [0, 3, 4, 7, 8]
     assert answer_end([], 4) == 0
     part = clip(Encoded(list(range(8)), answer, [False] * 8, [not a for a in answer], False), 4)
-    assert part.input_ids == [0, 1, 2, 3] and part.answer == answer[:4] and part.truncated
+    assert part.input_ids == [0, 1, 2, 3]
+    assert part.answer == answer[:4]
+    assert part.truncated
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"))
+    assert out_of_memory(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory")
+    )
     assert not out_of_memory(RuntimeError("shape mismatch"))

@@ -24,7 +24,26 @@ from selectmoe.router_data import RouterData, read_router_data
 from selectmoe.template import encode, encode_answer_only, load_tokenizer
 
 LAYERS, EXPERTS = 2, 4
-WORDS = "the router sends every token to few of its experts and the gate says how good it is".split()
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "every",
+    "token",
+    "to",
+    "few",
+    "of",
+    "its",
+    "experts",
+    "and",
+    "the",
+    "gate",
+    "says",
+    "how",
+    "good",
+    "it",
+    "is",
+]
 
 
 def finish(folder: Path, stage: str) -> None:
@@ -42,7 +61,9 @@ def make_rows(n: int = 41) -> list[Row]:
         if i % 5 == 0:
             messages += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "über all"}]
         rows.append(Row(f"d{i % 3}", f"r{(i * 7) % n:03d}", messages))
-    rows.append(Row("d1", "long question", [{"role": "user", "content": "why " * 60}, {"role": "assistant", "content": "so"}]))
+    rows.append(
+        Row("d1", "long question", [{"role": "user", "content": "why " * 60}, {"role": "assistant", "content": "so"}])
+    )
     return rows
 
 
@@ -174,19 +195,24 @@ def test_spec7_20_21_24_results_are_the_definitions_on_the_trained_text(world: P
 def test_a_row_whose_answer_was_cut_off_has_no_answer_score(whole: Path) -> None:
     data = read_router_data(whole)
     i = data.id.index("long question")
-    assert data.truncated[i] and data.answer_tokens[i] == 0
-    assert np.isnan(data.nll[i]) and np.isnan(data.good_ratio_answer[i]).all() and np.isfinite(data.good_ratio[i]).all()
+    assert data.truncated[i]
+    assert data.answer_tokens[i] == 0
+    assert np.isnan(data.nll[i])
+    assert np.isnan(data.good_ratio_answer[i]).all()
+    assert np.isfinite(data.good_ratio[i]).all()
 
 
 def test_spec7_18_router_weights_are_taken_from_the_file_and_from_its_folder(
     world: Path, whole: Path, tmp_path: Path
 ) -> None:
     settings = {"nll": True, "ifd": True}
-    file = routed(world, tmp_path / "a", model_checkpoint_path=str(world / "warmup" / "full_rank_weights.pt"), **settings)
+    file = routed(
+        world, tmp_path / "a", model_checkpoint_path=str(world / "warmup" / "full_rank_weights.pt"), **settings
+    )
     assert read_manifest(file).identity == read_manifest(whole).identity
     own = read_router_data(routed(world, tmp_path / "b", **settings))
     assert not np.allclose(own.quality_score, read_router_data(whole).quality_score, atol=1e-3)
-    with pytest.raises(UserError, match="model_checkpoint_path=.*does not exist"):
+    with pytest.raises(UserError, match=r"model_checkpoint_path=.*does not exist"):
         routed(world, tmp_path / "c", model_checkpoint_path=str(world / "nowhere"))
     assert not (tmp_path / "c").exists()
 
@@ -240,11 +266,23 @@ def test_execution_fields_leave_identity_and_bytes_alone(world: Path, tmp_path: 
     a = routed(world, tmp_path / "a")
     moved = tmp_path / "elsewhere"
     shutil.copytree(world, moved)
-    b = routed(moved, tmp_path / "b", threads=2, work_root=str(tmp_path / "work"))
+    b = routed(moved, tmp_path / "b", work_root=str(tmp_path / "work"))
     assert contents(a) == contents(b)
     assert read_manifest(a).identity == read_manifest(b).identity
     assert len(find_manifests(tmp_path / "a")) == 1
     assert not (tmp_path / "a" / ".work").exists()
+
+
+def test_the_number_of_threads_changes_results_by_rounding_at_most(world: Path, tmp_path: Path) -> None:
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    shutil.rmtree(root / "pool")
+    write_pool(root / "pool", make_rows(8))
+    finish(root / "pool", "ingest")
+    one, two = (read_router_data(routed(root, tmp_path / str(n), threads=n)) for n in (1, 2))
+    torch.set_num_threads(1)
+    for name in ("quality_score", "good_ratio_answer", "router_probs"):
+        assert np.allclose(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-6, equal_nan=True), name
 
 
 def test_spec7_23_a_killed_run_goes_on_from_what_was_committed(
@@ -273,7 +311,8 @@ def test_spec7_23_a_killed_run_goes_on_from_what_was_committed(
             break
         except Killed:
             kills += 1
-    assert kills >= 2 and calls - kills == batches  # no batch was computed twice
+    assert kills >= 2
+    assert calls - kills == batches
     assert contents(output) == contents(clean)
     assert read_manifest(output).identity == read_manifest(clean).identity
 
@@ -310,7 +349,8 @@ def test_spec7_28_rows_in_are_rows_out_plus_dropped(world: Path, tmp_path: Path)
     assert contents(output) == contents(routed(root, tmp_path / "whole"))
     assert read_manifest(output).identity == read_manifest(tmp_path / "whole").identity
     data: RouterData = read_router_data(output)
-    assert len(data) == 13 and "nothing" not in data.id
+    assert len(data) == 13
+    assert "nothing" not in data.id
 
 
 @pytest.mark.parametrize(

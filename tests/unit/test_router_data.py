@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def router_data(n: int, layers: int = 3, experts: int = 4, seed: int = 0) -> rd.
 
 def finish(output: Path, stage: str = rd.STAGE) -> Path:
     rows = {"in": 0, "out": 0, "dropped": {}}
-    config = {"identity": {}, "execution": {}}
+    config: dict[str, Any] = {"identity": {}, "execution": {}}
     write_manifest(output, stage=stage, version=1, config=config, inputs={}, rows=rows, environment={}, created="now")
     return output
 

@@ -42,13 +42,9 @@ def test_spec7_21_each_name_has_the_one_definition_of_the_specification() -> Non
     assert np.array_equal(score(data, "combined"), np.min(ranks, axis=0))
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [name for name in SCORES if name != "combined"])
 def test_a_score_of_a_row_does_not_depend_on_which_rows_stand_beside_it(name: str) -> None:
     data = router_data(50)
-    if name == "combined":  # ranks are about the others; their order is not
-        order = np.argsort(score(data, name)[:10], kind="stable")
-        assert score(data, name).dtype == np.float64 and len(order) == 10
-        return
     assert np.array_equal(score(data, name)[:10], score(data.take(range(10)), name))
 
 
@@ -84,6 +80,9 @@ def test_auc_counts_pairs_and_ties_half() -> None:
     good, bad = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)
     pairs = np.sign(good[:, None] - bad[None, :])
     assert auc(good, bad) == pytest.approx((pairs + 1).mean() / 2)
-    assert auc([2, 3], [0, 1]) == 1 and auc([0, 1], [2, 3]) == 0 and auc([1, 1], [1]) == 0.5
+    assert auc([2, 3], [0, 1]) == 1
+    assert auc([0, 1], [2, 3]) == 0
+    assert auc([1, 1], [1]) == 0.5
     assert auc([2, np.nan], [1, np.nan]) == 1
-    assert np.isnan(auc([], [1.0])) and np.isnan(auc([np.nan], [1.0]))
+    assert np.isnan(auc([], [1.0]))
+    assert np.isnan(auc([np.nan], [1.0]))

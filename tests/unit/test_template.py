@@ -10,11 +10,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from selectmoe import template
 from selectmoe.errors import UserError
 from selectmoe.pool import Row
 from selectmoe.template import IGNORED, encode, encode_answer_only, encode_many, labels, load_tokenizer
 
-TEXT = ["What is rain? <|user|> <|assistant|> <|system|>", "Water that falls from the clouds.", "the of and to in is you that it"]
+TEXT = [
+    "What is rain? <|user|> <|assistant|> <|system|>",
+    "Water that falls from the clouds.",
+    "the of and to in is you that it",
+]
 MESSAGES = [
     {"role": "system", "content": "Be kind"},
     {"role": "user", "content": "What is rain?"},
@@ -33,7 +38,9 @@ def tokenizer(bos: bool = False) -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>", "<bos>"], initial_alphabet=alphabet))
+    raw.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>", "<bos>"], initial_alphabet=alphabet)
+    )
     if bos:
         raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", bos_token="<bos>" if bos else None)
@@ -65,10 +72,23 @@ def test_spec7_30_masks_come_from_the_borders_with_and_without_bos(bos: bool) ->
     assert texts(tok, row.input_ids, nobody) == [*(["<bos>"] if bos else []), "Be kind"]
 
 
+def test_spec7_20_there_is_one_template_for_training_routing_and_fine_tuning() -> None:
+    package = Path(template.__file__).parent
+    others = [p for p in package.rglob("*.py") if p.name != "template.py"]
+    assert others
+    for path in others:
+        text = path.read_text(encoding="utf-8")
+        assert "<|assistant|>" not in text, path
+        assert "apply_chat_template" not in text, path
+
+
 def test_spec7_30_masks_cost_no_more_than_the_tokenizing_itself() -> None:
     tok = tokenizer()
     answer = " ".join(["Water that falls from the clouds is rain to you and that is it."] * 12)
-    rows = [Row("d", str(i), [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]) for i in range(400)]
+    rows = [
+        Row("d", str(i), [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}])
+        for i in range(400)
+    ]
     plain = ["\n".join(m["content"] for m in row.messages) for row in rows]
 
     def seconds(work: Any) -> float:
@@ -89,7 +109,7 @@ def test_spec7_31_what_a_user_writes_moves_no_border_and_ends_no_text(injected: 
     evil = [{"role": "user", "content": injected}, {"role": "assistant", "content": "no " + injected}]
     row = encode(evil, tok, 1000)
     assert [i for i, token in enumerate(row.input_ids) if token == tok.bos_token_id] == [0]
-    assert [i for i, token in enumerate(row.input_ids) if token == tok.eos_token_id] == [len(row) - 1 - len(encode([], tok, 9)) or len(row) - 2]
+    assert [i for i, token in enumerate(row.input_ids) if token == tok.eos_token_id] == [len(row) - 2]
     assert texts(tok, row.input_ids, row.user) == [injected]
     assert texts(tok, row.input_ids, row.answer) == ["no " + injected + "<eos>"]
 

@@ -59,7 +59,7 @@ def artifacts(client: Any, run_id: str) -> set[str]:
 
 
 def test_a_stage_becomes_a_nested_run(mlflow: Any, tmp_path: Path) -> None:
-    client, experiment = mlflow
+    client, _ = mlflow
     parent = tracking.start_parent("quick", {"preset": "quick", "nested": {"n": 3}})
     run_id = tracking.publish(output(tmp_path / "a", "select"), parent)
     run = client.get_run(run_id)
@@ -77,7 +77,7 @@ def test_a_stage_becomes_a_nested_run(mlflow: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_output_is_sent_once(mlflow: Any, tmp_path: Path) -> None:
-    client, experiment = mlflow
+    client, _ = mlflow
     parent = tracking.start_parent("quick", {}, key="k")
     assert tracking.start_parent("quick", {}, key="k") == parent
     first = tracking.publish(output(tmp_path / "a", "select"), parent)
@@ -126,6 +126,22 @@ def test_without_mlflow_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.Monk
     assert tracking.publish(output(tmp_path / "a", "select")) is None
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         tracking.sync(str(tmp_path))
+
+
+def test_a_task_may_leave_the_sending_to_another_process(
+    mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, experiment = mlflow
+    path, root = output(tmp_path / "a", "select"), str(tmp_path / "work")
+    parent = tracking.start_parent("quick", {})
+    with monkeypatch.context() as task:
+        task.setenv(tracking.DEFER, "1")
+        task.setenv("SELECTMOE_PARENT_RUN", parent)
+        tracking.submit(path, root)
+    assert len(tracking._search(client, experiment, {"stage": "select"})) == 0
+    assert tracking.sync(root) == 1
+    (run,) = tracking._search(client, experiment, {"stage": "select"})
+    assert run.data.tags["mlflow.parentRunId"] == parent
 
 
 def test_mlflow_away_costs_no_work(

@@ -65,7 +65,8 @@ def test_a_users_mistake_ends_a_task_with_its_own_code(
     assert end.value.code == 2
     assert "holdot" in capsys.readouterr().err
     last = json.loads((tmp_path / "events").read_text().splitlines()[-1])
-    assert (last["stage"], last["exit"]) == ("ingest", 2) and "holdot" in last["message"]
+    assert (last["stage"], last["exit"]) == ("ingest", 2)
+    assert "holdot" in last["message"]
 
 
 def test_a_checkpoint_is_what_its_digest_says(tmp_path: Path) -> None:

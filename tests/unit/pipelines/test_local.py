@@ -65,7 +65,8 @@ def test_events_tell_what_ran_and_what_failed(tmp_path: Path) -> None:
 def test_all_from_the_cache_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = SimpleNamespace(arm_seeds=["selected:0", "random:0"], judge="olmoe", shards=2)
     expected = local._expected(plan)
-    assert expected["evaluate"] == 3 and expected["adopt"] == 1
+    assert expected["evaluate"] == 3
+    assert expected["adopt"] == 1
     local._say(Counter(check=1), expected, 3.0, "no evidence", tmp_path, "http://x")
     assert "all stages came from the cache" in capsys.readouterr().out
     local._say(expected - Counter(ingest=1), expected, 3.0, "no evidence", tmp_path, "http://x")

@@ -1,0 +1,228 @@
+"""The training loop of `warmup`: gates (and routers) in float32, committed progress, exact resume.
+
+No command runs this module. Not transformers' Trainer: an observer's gates need a forward pass of the base model without
+lm_head and without a backward pass through it, over pairs of rows that are made as training goes; that is 20 lines here.
+Every step's rows, order and copies follow from seed, epoch and rows alone, so a state holds no random generator.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from selectmoe import template
+from selectmoe.corruption import corrupt
+from selectmoe.device import default_dtype, deterministic, pick_device, set_threads
+from selectmoe.errors import UserError
+from selectmoe.losses import quality_loss
+from selectmoe.modeling import load_judge
+from selectmoe.progress import progress
+from selectmoe.router_weights import router_parameters, save_router_weights
+
+if TYPE_CHECKING:
+    from selectmoe.pool import Row
+    from selectmoe.stage import Output
+    from selectmoe.warmup import WarmupConfig
+
+STATE = "state.pt"
+COMMIT_SECONDS = 15.0
+"""A kill costs at most this much work and the step under way."""
+
+Item = tuple[template.Encoded, int]
+"""An encoded row and its label: 1 pool row, 0 corrupted copy."""
+
+
+class GateTraining:
+    """One training run.
+
+    Args:
+        config: of the stage.
+        rows: the warm-up rows, sorted by key; those without anything to learn are dropped.
+        out: the stage's output, for metrics and committed progress.
+
+    Raises:
+        UserError: no row has anything to learn.
+    """
+
+    def __init__(self, config: WarmupConfig, rows: list[Row], out: Output) -> None:
+        self.config, self.out = config, out
+        self.device = pick_device()
+        set_threads(config.threads)
+        deterministic(config.seed)
+        path = config.selector_model.path
+        self.tokenizer = template.load_tokenizer(path)
+        self.model = load_judge(path, self.device, default_dtype(self.device))
+        encoded = template.encode_many(rows, self.tokenizer, config.training.max_length)
+        kept = [(row, e) for row, e in zip(rows, encoded, strict=True) if any(self._learned(e))]
+        if not kept:
+            raise UserError("no warm-up row has a token to learn: raise training.max_length")
+        self.rows = [row for row, _ in kept]
+        self.encoded = [e for _, e in kept]
+        self.parameters = self._unfreeze()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.training.learning_rate, weight_decay=0.0)
+        self.per_epoch = -(-len(self.rows) // config.training.batch_size)
+        self.steps = self.per_epoch * config.training.epochs
+
+    def _learned(self, encoded: template.Encoded) -> list[bool]:
+        t = self.config.training
+        if self.config.recipe == "observer":
+            return encoded.answer
+        learned = template.labels(encoded, t.full_sequence_prediction, t.mask_special_tokens)
+        return [token != template.IGNORED for token in learned[1:]]
+
+    def _unfreeze(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters, in float32; everything else is frozen."""
+        self.model.requires_grad_(False)
+        config, t = self.model.config, self.config.training
+        config.quality_loss_type, config.quality_loss_weight = self.config.loss, t.quality_loss_weight
+        config.quality_loss_params, config.enable_load_balancing = None, t.enable_load_balancing
+        chosen = {}
+        for name, parameter in router_parameters(self.model).items():
+            if t.train_gates if ".quality_gate." in name else self.config.train_routers:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                chosen[name] = parameter
+        return chosen
+
+    def train(self) -> None:
+        """Go through all steps, from the last committed one on."""
+        start = self._resume()
+        committed = time.monotonic()
+        for step in progress(range(start, self.steps), "warm-up", total=self.steps - start, unit="step"):
+            rate = self.config.training.learning_rate * (1 - step / self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.zero_grad()
+            numbers = self._step(step)
+            self.optimizer.step()
+            for name, value in numbers.items():
+                self.out.metric(name, value, step=step)
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                self._commit(step + 1)
+                committed = time.monotonic()
+
+    def _step(self, step: int) -> dict[str, float]:
+        """Gradients of one step, and what it was like."""
+        items = self._items(step)
+        return self._observe(items) if self.config.recipe == "observer" else self._through(items)
+
+    def _items(self, step: int) -> list[list[Item]]:
+        """The step's micro-batches: pool rows, and for `contrastive` their corrupted copies beside them."""
+        t = self.config.training
+        epoch, place = divmod(step, self.per_epoch)
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.config.seed}:{epoch}").shuffle(order)
+        chosen = order[place * t.batch_size : (place + 1) * t.batch_size]
+        chosen.sort(key=lambda i: (len(self.encoded[i]), i))
+        batches = []
+        for start in range(0, len(chosen), t.per_device_batch_size):
+            part = chosen[start : start + t.per_device_batch_size]
+            batch = [(self.encoded[i], 1) for i in part]
+            if self.config.loss == "contrastive":
+                copies = [copy for i in part for copy in self._copies(i, epoch)]
+                batch += [(e, 0) for e in template.encode_many(copies, self.tokenizer, t.max_length) if any(e.answer)]
+            batches.append(batch)
+        return batches
+
+    def _copies(self, index: int, epoch: int) -> Iterator[Row]:
+        """Corrupted copies of one row; the kind is drawn, and the next one taken where it would not change the row."""
+        t = self.config.training
+        for n in range(t.ratio):
+            rng = random.Random(f"{self.config.seed}:{epoch}:{index}:{n}")
+            first = rng.randrange(len(t.corruptions))
+            for kind in t.corruptions[first:] + t.corruptions[:first]:
+                donor = self.rows[rng.randrange(len(self.rows))]
+                copy = corrupt(kind, self.rows[index], donor, rng)
+                if copy is not None:
+                    yield copy
+                    break
+
+    def _tensors(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids, attention mask, answer mask [B, T] and row labels [B]."""
+        width = max(len(e) for e, _ in items)
+        pad = self.tokenizer.pad_token_id
+
+        def padded(values: list[list[Any]], fill: int) -> Tensor:
+            return torch.tensor([list(v) + [fill] * (width - len(v)) for v in values], device=self.device)
+
+        ids = padded([e.input_ids for e, _ in items], pad)
+        mask = padded([[1] * len(e) for e, _ in items], 0)
+        answer = padded([[int(a) for a in e.answer] for e, _ in items], 0)
+        return ids, mask, answer, torch.tensor([label for _, label in items], device=self.device)
+
+    def _observe(self, batches: list[list[Item]]) -> dict[str, float]:
+        """The gates read what the frozen model computes: their loss needs no backward pass through it."""
+        total = sum(map(len, batches))
+        numbers = {"loss": 0.0, "good_ratio/pool": 0.0, "good_ratio/corrupted": 0.0}
+        counts = {label: max(1, sum(mine == label for batch in batches for _, mine in batch)) for label in (0, 1)}
+        for batch in batches:
+            ids, mask, answer, labels = self._tensors(batch)
+            base = self.model.model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+            loss = quality_loss("contrastive", base.quality_score, mask, None, labels, answer)
+            share = len(batch) / total
+            (loss * share * self.config.training.quality_loss_weight).backward()
+            numbers["loss"] += float(loss.detach()) * share
+            with torch.no_grad():
+                good = torch.stack([s.squeeze(-1).sigmoid() for s in base.quality_score]).mean(0)
+                rows = (good * answer).sum(1) / answer.sum(1).clamp(min=1)
+            for label, name in ((1, "good_ratio/pool"), (0, "good_ratio/corrupted")):
+                numbers[name] += float(rows[labels == label].sum()) / counts[label]
+        return numbers
+
+    def _through(self, batches: list[list[Item]]) -> dict[str, float]:
+        """The legacy recipe: the whole loss, through the model; the cross-entropy over the step's learned tokens."""
+        t = self.config.training
+        total = sum(map(len, batches))
+        learned = sum(sum(self._learned(e)) for batch in batches for e, label in batch if label)
+        numbers = {"loss": 0.0, "loss/cross_entropy": 0.0, "loss/quality": 0.0}
+        self.model.train()
+        for batch in batches:
+            ids, mask, answer, row_labels = self._tensors(batch)
+            width = ids.shape[1]
+            targets = [template.labels(e, t.full_sequence_prediction, t.mask_special_tokens) for e, _ in batch]
+            labels = torch.tensor([y + [template.IGNORED] * (width - len(y)) for y in targets], device=self.device)
+            extra = {"row_labels": row_labels, "answer_mask": answer} if self.config.loss == "contrastive" else {}
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                labels=labels,
+                output_router_logits=True,
+                use_cache=False,
+                num_items_in_batch=torch.tensor(learned, device=self.device),
+                **extra,
+            )
+            share = len(batch) / total
+            loss = out.ce_loss + (out.loss - out.ce_loss) * share
+            loss.backward()
+            numbers["loss"] += float(loss.detach())
+            numbers["loss/cross_entropy"] += float(out.ce_loss.detach())
+            numbers["loss/quality"] += float(out.quality_loss.detach()) * share
+        return numbers
+
+    def _commit(self, step: int) -> None:
+        buffer = io.BytesIO()
+        weights = {name: p.detach().cpu() for name, p in self.parameters.items()}
+        torch.save({"step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}, buffer)
+        self.out.work.put_bytes(STATE, buffer.getvalue())
+
+    def _resume(self) -> int:
+        data = self.out.work.get(STATE)
+        if data is None:
+            return 0
+        state = torch.load(io.BytesIO(data), map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+
+    def save(self, directory: Path) -> None:
+        """Write the router weights in both forms, and the tokenizer."""
+        save_router_weights(self.model.eval(), directory, self.tokenizer)

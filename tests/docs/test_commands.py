@@ -1,0 +1,62 @@
+"""The commands of README and docs: pytest tests/docs
+
+Blocks marked `bash` are run. Blocks marked `bash long` or `bash cluster` are checked: every make target, every
+`selectmoe` stage and every key in them exists.
+"""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from selectmoe.cli import STAGES, TOOLS, config_class
+from selectmoe.config import leaves
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```bash([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(kind.strip(), text, id=f"{page.relative_to(ROOT)}-{n}")
+    for page in PAGES
+    for n, (kind, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1)
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), BLOCKS)
+def test_block(kind: str, text: str) -> None:
+    assert kind in ("", "long", "cluster")
+    if kind == "":
+        subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=ROOT, check=True, timeout=60)
+        return
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        check_names(shlex.split(line, comments=True))
+
+
+def check_names(words: list[str]) -> None:
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for word in words[1:]:
+            name = word.split("=", 1)[0]
+            pattern = rf"^{name}:" if "=" not in word else rf"\$\({name}\)"
+            assert re.search(pattern, makefile, re.MULTILINE), f"make {word}"
+            if name == "ARGS":
+                check_keys("run", word.split("=", 1)[1].split())
+    elif words[0].endswith("selectmoe"):
+        assert words[1] in {**STAGES, **TOOLS}
+        check_keys(words[1], words[2:])
+    else:
+        pytest.fail(f"unknown command: {words[0]}")
+
+
+def check_keys(stage: str, overrides: list[str]) -> None:
+    known = {leaf.name for leaf in leaves(config_class(stage))} | {"preset"}
+    for override in overrides:
+        assert override.split("=", 1)[0] in known, override
+
+
+def test_bare_make_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    assert all(re.search(rf"^  {target}\s", listed, re.MULTILINE) for target in targets)

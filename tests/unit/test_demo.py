@@ -1,0 +1,88 @@
+"""The demo's rows and model. Run: pytest tests/unit/test_demo.py"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selectmoe import demo
+from selectmoe.config import load
+from selectmoe.demo import PRESETS, SOURCES, DemoConfig, quotas, run, usable
+from selectmoe.errors import UserError
+
+
+def make(path: Path, **settings: Any) -> Path:
+    return run(load(DemoConfig, {"model": False} | settings, output_dir=str(path)))
+
+
+def read(path: Path) -> dict[str, list[Any]]:
+    return {
+        p.parent.name: [json.loads(x)["messages"] for x in p.open()] for p in sorted(path.glob("data/*/rows.jsonl"))
+    }
+
+
+def test_the_rows_are_real_short_and_the_same_each_time(tmp_path: Path) -> None:
+    rows = read(make(tmp_path / "a", preset="tiny"))
+    assert sorted(rows) == sorted(SOURCES)
+    assert sum(map(len, rows.values())) == PRESETS["tiny"][0]
+    for name, conversations in rows.items():
+        for question, answer in conversations:
+            assert (question["role"], answer["role"]) == ("user", "assistant")
+            assert demo.tokens(question["content"], answer["content"]) <= PRESETS["tiny"][1], name
+            assert " " in answer["content"].strip(), "an answer is words, not a letter"
+    assert read(make(tmp_path / "b", preset="tiny")) == rows
+    assert read(make(tmp_path / "c", preset="tiny", seed=1)) != rows
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_the_packages_hold_enough_for_every_preset(preset: str) -> None:
+    rows, max_tokens = PRESETS[preset]
+    available = {name: len(usable(source(), max_tokens, 42)) for name, source in SOURCES.items()}
+    shares = quotas(available, rows)
+    assert sum(shares.values()) == rows
+    assert min(shares.values()) >= 20
+
+
+def test_a_row_edited_in_place_stays(tmp_path: Path) -> None:
+    make(tmp_path, preset="tiny", rows=20)
+    edited = tmp_path / "data/dialog/rows.jsonl"
+    edited.write_text("mine\n")
+    make(tmp_path, preset="tiny", rows=20)
+    assert edited.read_text() == "mine\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_options_give_the_right_ones_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        ("Which?\nA. the first\nB. the second", "B"),
+        ("Which?\na) one one\nb) two two", "a) one one"),
+        ("Which?", "C"),
+    ]
+    monkeypatch.setattr(demo, "_evals", lambda task: iter(rows))
+    assert [answer for _, answer in demo._options("x")] == ["the second", "one one"]
+
+
+def test_quotas_share_evenly_and_let_the_large_make_up_for_the_small() -> None:
+    assert quotas({"a": 2, "b": 100, "c": 100}, 20) == {"a": 2, "b": 9, "c": 9}
+    with pytest.raises(UserError, match="rows=300 is more than the 202"):
+        quotas({"a": 2, "b": 100, "c": 100}, 300)
+
+
+def test_a_package_that_is_missing_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"chatterbot_corpus is not installed: run `make setup`.*requirements-demo.txt"):
+        demo.package("chatterbot_corpus")
+    with pytest.raises(UserError, match="make setup"):
+        make(tmp_path, preset="tiny")
+    assert list(tmp_path.iterdir()) == [], "nothing half-made is left"
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="preset=huge is unknown; known: quick, full, tiny"):
+        make(tmp_path, preset="huge")
+    with pytest.raises(UserError, match="rows="):
+        make(tmp_path, rows=-1)
