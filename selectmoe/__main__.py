@@ -1,5 +1,7 @@
 """`python -m selectmoe` is `selectmoe`."""
 
-from selectmoe.cli import main
 import sys
+
+from selectmoe.cli import main
+
 sys.exit(main())

@@ -46,22 +46,24 @@ class Plan:
 def resolve(config: RunConfig) -> None:
     """Fill in what the user did not name: the demo's rows and model (made from packages where they are not there yet).
 
+    Nothing is planted into the user's own rows by a preset, and without planted rows there is no oracle.
+
     Raises:
         UserError: nothing names the rows, or the model.
     """
-    if config.demo and not (config.data and (config.source_model or config.judge == "pretrain")):
+    if config.demo:
         from selectmoe import demo
 
-        root = Path(config.demo_dir)
-        folder = demo.run(demo.DemoConfig(output_dir=str(root / config.demo), preset=config.demo))
-        if config.data:  # the user's own rows: nothing is planted into them
+        wants_model = config.judge != "pretrain" and not config.source_model
+        folder = Path(config.demo_dir, config.demo).resolve()
+        own_rows = config.data not in ("", str(folder / "data"))
+        if wants_model or not own_rows:
+            demo.run(demo.DemoConfig(output_dir=str(folder), preset=config.demo, model=wants_model))
+        if own_rows:
             config.ingest.plant.share = 0.0
-        else:
-            config.data = str((folder / "data").resolve())
-        if config.judge != "pretrain" and not config.source_model:
-            config.source_model = str((folder / "model").resolve())
-    elif config.data:
-        config.ingest.plant.share = 0.0
+        config.data = config.data or str(folder / "data")
+        if wants_model:
+            config.source_model = str(folder / "model")
     if config.ingest.plant.share == 0 and "oracle" in config.arms:
         config.arms = [arm for arm in config.arms if arm != "oracle"]
     if not config.data:

@@ -167,7 +167,8 @@ class GateTraining:
             base = self.model.model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
             loss = quality_loss("contrastive", base.quality_score, mask, None, labels, answer)
             share = len(batch) / total
-            (loss * share * self.config.training.quality_loss_weight).backward()
+            weighted: Tensor = loss * share * self.config.training.quality_loss_weight
+            torch.autograd.backward(weighted)
             numbers["loss"] += float(loss.detach()) * share
             with torch.no_grad():
                 good = torch.stack([s.squeeze(-1).sigmoid() for s in base.quality_score]).mean(0)
@@ -200,7 +201,7 @@ class GateTraining:
             )
             share = len(batch) / total
             loss = out.ce_loss + (out.loss - out.ce_loss) * share
-            loss.backward()
+            torch.autograd.backward(loss)
             numbers["loss"] += float(loss.detach())
             numbers["loss/cross_entropy"] += float(out.ce_loss.detach())
             numbers["loss/quality"] += float(out.quality_loss.detach()) * share

@@ -135,7 +135,9 @@ def s3_client() -> Any:
     from botocore.config import Config
 
     retries = {"max_attempts": 5, "mode": "standard"}
-    return boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=5, signature_version="s3v4"))
+    return boto3.session.Session().client(
+        "s3", config=Config(retries=retries, connect_timeout=5, signature_version="s3v4")
+    )
 
 
 def split_s3(uri: str) -> tuple[str, str]:

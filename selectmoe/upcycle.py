@@ -100,11 +100,26 @@ def olmoe_config(dense: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]
         raise UserError("source_model has biases in its attention or MLP, which OLMoE has not")
     if config.layers > dense["num_hidden_layers"]:
         raise UserError(f"layers={config.layers}: source_model has {dense['num_hidden_layers']}")
-    kept = (
-        "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads hidden_act rms_norm_eps "
-        "max_position_embeddings initializer_range rope_parameters rope_theta tie_word_embeddings bos_token_id "
-        "eos_token_id pad_token_id attention_dropout dtype torch_dtype"
-    ).split()
+    kept = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "initializer_range",
+        "rope_parameters",
+        "rope_theta",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "attention_dropout",
+        "dtype",
+        "torch_dtype",
+    ]
     return {key: dense[key] for key in kept if key in dense} | {
         "model_type": "olmoe",
         "architectures": ["OlmoeForCausalLM"],

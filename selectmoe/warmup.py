@@ -140,7 +140,9 @@ def run(config: WarmupConfig) -> Path:
 
     config.validate()
     where = str(pool.locate(config.data))
-    source = resolve(config.selector_model.path, ("select_moe",), "selector_model.path", "make one with `selectmoe convert`")
+    source = resolve(
+        config.selector_model.path, ("select_moe",), "selector_model.path", "make one with `selectmoe convert`"
+    )
     mode = RECIPES[config.recipe][0]
     if source.config.get("gate_mode") != mode:
         raise UserError(
@@ -160,5 +162,7 @@ def run(config: WarmupConfig) -> Path:
         lines = (json.dumps({"dataset": r.dataset, "id": r.id}, sort_keys=True) + "\n" for r in training.rows)
         (out.staging / "warmup_rows.jsonl").write_text("".join(lines), encoding="utf-8")
         dropped = {"not a warm-up row": len(rows) - len(chosen), "nothing to learn": len(chosen) - len(training.rows)}
-        out.commit(rows_in=len(rows), rows_out=len(training.rows), dropped=dropped, bookkeeping=["tokenizer_config.json"])
+        out.commit(
+            rows_in=len(rows), rows_out=len(training.rows), dropped=dropped, bookkeeping=["tokenizer_config.json"]
+        )
     return out.path

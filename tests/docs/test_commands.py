@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from selectmoe.cli import STAGES, TOOLS, config_class
 from selectmoe.config import leaves
 
@@ -57,6 +58,8 @@ def check_keys(stage: str, overrides: list[str]) -> None:
 
 def test_bare_make_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    listed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
     assert all(re.search(rf"^  {target}\s", listed, re.MULTILINE) for target in targets)

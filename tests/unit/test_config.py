@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from selectmoe.config import StageConfig, execution, flatten, group, identity, input_, leaves, load, values
 from selectmoe.errors import UserError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from selectmoe import manifest as mf
 from selectmoe.errors import UserError
 

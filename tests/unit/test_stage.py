@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+
 from selectmoe import manifest as mf
 from selectmoe import stage
 from selectmoe.config import StageConfig, execution, identity
@@ -68,7 +69,10 @@ def test_a_users_mistake_leaves_nothing(tmp_path, source):
 
 
 def test_lost_rows_are_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="rows were lost"), stage.begin("toy", 1, Config(output_dir=str(tmp_path / "o"))) as out:
+    with (
+        pytest.raises(RuntimeError, match="rows were lost"),
+        stage.begin("toy", 1, Config(output_dir=str(tmp_path / "o"))) as out,
+    ):
         out.commit(rows_in=3, rows_out=1, dropped={"empty": 1})
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from selectmoe.errors import UserError
 from selectmoe.storage import open_store, prove_store, split_s3
 
@@ -63,9 +64,7 @@ def test_right_credentials_prove(credentials):
     prove_store("s3://bucket/x")
 
 
-@pytest.mark.parametrize(
-    ("uri", "secret"), [("s3://bucket/x", "wrong-secret"), ("s3://absent/x", "right-secret")]
-)
+@pytest.mark.parametrize(("uri", "secret"), [("s3://bucket/x", "wrong-secret"), ("s3://absent/x", "right-secret")])
 def test_what_cannot_be_written_is_said(credentials, monkeypatch, uri, secret):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     with pytest.raises(UserError) as error:
