@@ -55,6 +55,7 @@ def run(overrides: list[str]) -> int:
     state = state_folder()
     arguments = _pipeline_arguments(overrides, state)
     config, plan = _plan(overrides, arguments)
+    arguments["data"] = config.data  # the preset's rows are on disk now
     with _alone(state):
         from pipelines import servers
         from selectmoe import manifest, tracking
