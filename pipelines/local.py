@@ -118,6 +118,9 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
             given[key] = value
         else:
             rest.append(item)
+    half = max(1, len(os.sched_getaffinity(0)) // 2)  # KFP's local runner does two of the loop's tasks at a time
+    keys = {item.partition("=")[0] for item in rest}
+    rest += [f"{key}={half}" for key in ("finetune.threads", "evaluate.threads") if key not in keys]
     defaults = {
         "preset": "quick",
         "work_root": str(state / "work"),

@@ -18,7 +18,7 @@ if [ -n "$links" ]; then
 elif [ -z "$(command -v nvidia-smi || true)" ]; then
   backend=(--torch-backend=cpu)
 fi
-uv pip install --quiet "${backend[@]}" -r requirements.lock
+uv pip install --quiet --compile-bytecode "${backend[@]}" -r requirements.lock
 uv pip install --quiet --no-deps -e .
 uv pip install --quiet --no-deps -r requirements-demo.txt
 touch .venv/.done

@@ -169,7 +169,9 @@ def require(config: StageConfig) -> None:
     """Raise `UserError` when a required key of the configuration has not been given."""
     flat = flatten(values(config, "identity", "execution", "input"))
     docs = {leaf.name: leaf.doc for leaf in leaves(type(config))}
-    chained = tuple(f.name + "." for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), StageConfig))
+    chained = tuple(
+        f.name + "." for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), StageConfig)
+    )
     for name, value in flat.items():
         if chained and name.startswith(chained):  # a stage of a chain gets its paths later
             continue
