@@ -63,19 +63,25 @@ def run(config: ReportConfig) -> Path:
         Refused: `gate=fail` and the verdict is not *beats random*; the report is written all the same.
     """
     config.validate()
-    with stage.begin(STAGE, VERSION, config, inputs={"runs": config.runs}) as out:
-        if not out.done:
-            from selectmoe import report_data, report_html
+    from selectmoe import report_data
 
-            found = report_data.collect(config.runs)
+    outputs = report_data.find(config.runs)
+    with stage.begin(STAGE, VERSION, config, inputs={"runs": [str(path) for path, _ in outputs]}) as out:
+        if not out.done:
+            from selectmoe import report_html
+
+            found = report_data.collect(outputs)
             judged = report_data.verdict(found, config.verdict.metric)
             bits = report_data.metrics(found)
             results = {
                 "verdict": judged.json(),
                 "bits_per_byte": bits,
+                "summary": report_data.summary(bits),
                 "auc": report_data.aucs(found),
                 "composition": report_data.composition(found),
                 "planted_share": report_data.planted_share(found),
+                "clusters": report_data.cluster_sizes(found),
+                "examples": report_data.examples(found),
                 "stages": report_data.stages(found),
             }
             _write(out.staging / "verdict.json", judged.json())

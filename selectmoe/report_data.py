@@ -7,6 +7,7 @@ No command runs this module; `selectmoe report` does. Every number of the report
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ Key = tuple[str, str]
 Floats = npt.NDArray[np.float64]
 SHOWN_SCORES = ("answer", "all", "legacy", "nll", "ifd", "combined")
 """Scores whose ranking of planted rows is shown, beside the row's length."""
+EXAMPLES = 5
+"""Rows shown of the best and of the worst."""
 
 
 @dataclass
@@ -69,17 +72,30 @@ def the_one(outputs: list[tuple[Path, Manifest]], stage: str) -> Path:
     return found[0][0]
 
 
-def collect(runs: list[str]) -> Findings:
-    """Read the outputs below `runs`.
+def find(runs: list[str]) -> list[tuple[Path, Manifest]]:
+    """The finished outputs at or below `runs`, each once, reports left out.
+
+    Raises:
+        UserError: there is none, or one of `runs` does not exist.
+    """
+    outputs: dict[Path, tuple[Path, Manifest]] = {}
+    for run in runs:
+        if not Path(run).is_dir():
+            raise UserError(f"runs: {run} is no folder: name the output of a stage, or a folder that holds such")
+        for path, manifest in find_manifests(run):
+            if manifest.stage != "report":
+                outputs.setdefault(path.resolve(), (path, manifest))
+    if not outputs:
+        raise UserError(f"runs={runs} hold no finished output of Select-MoE")
+    return list(outputs.values())
+
+
+def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
+    """Read the outputs that `find` found.
 
     Raises:
         UserError: an output that the report needs is missing or does not fit the others.
     """
-    outputs: list[tuple[Path, Manifest]] = []
-    for run in runs:
-        outputs += find_manifests(run)
-    if not outputs:
-        raise UserError(f"runs={runs} hold no finished output of Select-MoE")
     ingested = [(p, m) for p, m in by_stage(outputs, "ingest") if (p / "pool").is_dir()]
     ingest = the_one(ingested, "ingest")
     warmup = the_one(outputs, "warmup")
@@ -167,6 +183,45 @@ def metrics(found: Findings) -> dict[str, list[float]]:
     return {arm: [float(v) for v in metric_values(bits, found.weights, strata)] for arm, bits in everything.items()}
 
 
+def summary(bits: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Arm -> mean over seeds and the ends of its 95 % t interval over seeds (no interval with one seed)."""
+    from scipy import stats
+
+    out: dict[str, dict[str, float]] = {}
+    for arm, values in bits.items():
+        out[arm] = {"mean": float(np.mean(values))}
+        if len(values) > 1:
+            error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+            half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+            out[arm] |= {"low": out[arm]["mean"] - half, "high": out[arm]["mean"] + half}
+    return out
+
+
+def cluster_sizes(found: Findings) -> list[dict[str, Any]]:
+    """Rows and selected rows per cluster, the largest first; cluster null: rows that were not clustered."""
+    sizes: dict[int | None, list[int]] = {}
+    for cluster, rank in zip(found.clusters["cluster"], found.clusters["selected_rank"], strict=True):
+        entry = sizes.setdefault(cluster, [0, 0])
+        entry[0] += 1
+        entry[1] += rank is not None
+    order = sorted(sizes, key=lambda c: (-sizes[c][0], -1 if c is None else c))
+    return [{"cluster": c, "rows": sizes[c][0], "selected": sizes[c][1]} for c in order]
+
+
+def examples(found: Findings) -> dict[str, list[dict[str, Any]]]:
+    """The rows with the highest and the lowest gate scores, without their text."""
+    scores, keys = found.scores["answer"], found.router.keys
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
+    parts = {"best": order[:EXAMPLES], "worst": order[::-1][:EXAMPLES]}
+    return {
+        name: [
+            {"dataset": keys[i][0], "id": keys[i][1], "score": float(scores[i]), "kind": found.planted.get(keys[i], "")}
+            for i in places
+        ]
+        for name, places in parts.items()
+    }
+
+
 def aucs(found: Findings) -> dict[str, dict[str, dict[str, float]]]:
     """How each score ranks planted rows below the others: {held_out | in_sample: {kind: {score: AUC}}}.
 
@@ -233,5 +288,5 @@ def command(manifest: Manifest) -> str:
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
     given = flatten(manifest.config["identity"]) | flatten(manifest.config["execution"])
-    words = [f"{k}={word(v)}" for k, v in given.items() if v not in ("", [], None) and k != "work_root"]
+    words = [shlex.quote(f"{k}={word(v)}") for k, v in given.items() if v not in ("", [], None) and k != "work_root"]
     return " ".join(["selectmoe", manifest.stage.split("-")[0], *words])

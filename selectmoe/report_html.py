@@ -24,10 +24,13 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #8886; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; background: white; }
+@media (prefers-color-scheme: dark) { img { filter: brightness(.85); } .verdict { border-color: #7fb0e6; } }
 code, pre { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 """
-EXAMPLES, CLIP = 5, 400
-"""Rows shown of the best and the worst, and characters of each."""
+CLIP = 400
+"""Characters shown of a row."""
+CLUSTERS = 50
+"""Clusters in the table, the largest ones; results.json has all."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
@@ -64,7 +67,7 @@ def page(found: Findings, verdict: Verdict, results: dict[str, Any], *, show_tex
         ("Did the selection beat a random one?", _verdict(verdict, results)),
         ("What the gates say", _gates(found, results)),
         ("What was selected", _selection(found, results)),
-        ("Best and worst rows", _examples(found) if show_text else "<p>Row text is switched off.</p>"),
+        ("Best and worst rows", _examples(found, results) if show_text else "<p>Row text is switched off.</p>"),
         ("Cost", _cost(results)),
         ("Lineage", _lineage(results)),
     ]
@@ -92,12 +95,12 @@ def _verdict(verdict: Verdict, results: dict[str, Any]) -> str:
         for arm in verdict.arms
     ]
     head = ["arm", "verdict", "effect", "95 % interval", "p (Holm)", "df", "smallest visible effect", "advice"]
-    measured = [
-        (name, *[f"{v:.4f}" for v in values], float(np.mean(values)))
-        for name, values in sorted(results["bits_per_byte"].items())
-    ]
     seeds = max(len(v) for v in results["bits_per_byte"].values())
-    measured = [(m[0], *m[1:-1], *[""] * (seeds + 2 - len(m)), m[-1]) for m in measured]
+    measured = []
+    for name, values in sorted(results["bits_per_byte"].items()):
+        whole = results["summary"][name]
+        interval = f"{whole['low']:.4f} to {whole['high']:.4f}" if "low" in whole else ""
+        measured.append((name, *values, *[""] * (seeds - len(values)), whole["mean"], interval))
     seen = {
         True: "The oracle beats random: this run could see an effect.",
         False: "The oracle does not beat random: this run could not have seen an effect.",
@@ -107,7 +110,11 @@ def _verdict(verdict: Verdict, results: dict[str, Any]) -> str:
         f"<p>{escape(seen)}</p>"
         + table(head, arms, f"Against random, {verdict.metric}; positive is better")
         + image(plots.forest(verdict), "Effect of every arm against random with its 95 % interval")
-        + table(["arm", *[f"seed {n}" for n in range(seeds)], "mean"], measured, f"{verdict.metric}; lower is better")
+        + table(
+            ["arm", *[f"seed {n}" for n in range(seeds)], "mean", "95 % over seeds"],
+            measured,
+            f"{verdict.metric}; lower is better",
+        )
     )
 
 
@@ -133,36 +140,32 @@ def _selection(found: Findings, results: dict[str, Any]) -> str:
     sources = sorted(results["composition"]["pool"])
     rows = [(arm, *[by.get(name, 0) for name in sources]) for arm, by in results["composition"].items()]
     shares = [(arm, share) for arm, share in results["planted_share"].items()]
-    sizes: dict[Any, list[int]] = {}
-    for cluster, rank in zip(found.clusters["cluster"], found.clusters["selected_rank"], strict=True):
-        entry = sizes.setdefault("left out" if cluster is None else cluster, [0, 0])
-        entry[0] += 1
-        entry[1] += rank is not None
-    by_cluster = [(str(name), *sizes[name]) for name in sorted(sizes, key=str)]
+    largest = results["clusters"][:CLUSTERS]
+    by_cluster = [
+        ("not clustered" if c["cluster"] is None else str(c["cluster"]), c["rows"], c["selected"]) for c in largest
+    ]
     return (
         table(["rows of", *sources], rows, "Rows by source")
         + table(["rows of", "share of planted rows"], shares, "Planted rows")
         + image(plots.cluster_map(found.clusters), "Map of the rows by their routing; the chosen ones are circled")
-        + table(["cluster", "rows", "selected"], by_cluster, "Rows by cluster")
+        + table(
+            ["cluster", "rows", "selected"],
+            by_cluster,
+            f"Rows by cluster, {len(largest)} of {len(results['clusters'])}",
+        )
     )
 
 
-def _examples(found: Findings) -> str:
-    scores = found.scores["answer"]
-    order = [int(i) for i in np.argsort(-scores, kind="stable") if np.isfinite(scores[i])]
-
-    def shown(places: list[int]) -> list[tuple[str, ...]]:
-        lines: list[tuple[str, ...]] = []
-        for i in places:
-            key = found.router.keys[i]
-            text = " / ".join(f"{m['role']}: {m['content']}" for m in found.rows[key].messages)
-            lines.append((f"{scores[i]:.4f}", key[0], key[1], found.planted.get(key, ""), text[:CLIP]))
-        return lines
-
-    head = ["score", "source", "id", "planted", "text"]
-    return table(head, shown(order[:EXAMPLES]), "Highest gate scores") + table(
-        head, shown(order[::-1][:EXAMPLES]), "Lowest gate scores"
-    )
+def _examples(found: Findings, results: dict[str, Any]) -> str:
+    text = ""
+    for name, caption in (("best", "Highest gate scores"), ("worst", "Lowest gate scores")):
+        lines = []
+        for row in results["examples"][name]:
+            messages = found.rows[row["dataset"], row["id"]].messages
+            words = " / ".join(f"{m['role']}: {m['content']}" for m in messages)
+            lines.append((f"{row['score']:.4f}", row["dataset"], row["id"], row["kind"], words[:CLIP]))
+        text += table(["score", "source", "id", "planted", "text"], lines, caption)
+    return text
 
 
 def _cost(results: dict[str, Any]) -> str:
