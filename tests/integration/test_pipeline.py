@@ -63,7 +63,7 @@ class Here:
         for name in ("SELECTMOE_S3_PORT", "SELECTMOE_MLFLOW_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             environment.pop(name, None)
         command = [sys.executable, "-m", "pipelines.local", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
 
     def run(self) -> str:
         done = self.call("run", "preset=tiny", f"data={self.data}", "shards=2")
@@ -88,7 +88,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     found.call("down")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_from_rows_to_a_verdict_and_again(here: Here) -> None:
     said = here.run()
     assert "verdict: " in said

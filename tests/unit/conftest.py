@@ -5,7 +5,20 @@ import pytest
 from selectmoe import convert, ingest, pretrain
 from selectmoe.config import load
 
-WORDS = ["river", "stone", "lantern", "copper", "window", "garden", "engine", "silver", "paper", "mountain", "harbour", "winter"]
+WORDS = [
+    "river",
+    "stone",
+    "lantern",
+    "copper",
+    "window",
+    "garden",
+    "engine",
+    "silver",
+    "paper",
+    "mountain",
+    "harbour",
+    "winter",
+]
 
 
 @pytest.fixture(scope="session")

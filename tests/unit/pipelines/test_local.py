@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,13 +43,14 @@ def test_the_screen_shows_what_the_stages_say() -> None:
 
 def test_settings_become_pipeline_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    half = max(1, len(os.sched_getaffinity(0)) // 2)
     got = local._pipeline_arguments(["preset=tiny", "data=rows.jsonl", "arms=[selected,random]"], tmp_path)
     assert got == {
         "preset": "tiny",
         "data": str(tmp_path / "rows.jsonl"),
         "work_root": str(tmp_path / "work"),
         "model_root": str(tmp_path / "models"),
-        "overrides": ["arms=[selected,random]"],
+        "overrides": ["arms=[selected,random]", f"finetune.threads={half}", f"evaluate.threads={half}"],
     }
     with pytest.raises(UserError, match="key=value"):
         local._pipeline_arguments(["tiny"], tmp_path)
