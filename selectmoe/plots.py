@@ -45,6 +45,7 @@ def forest(verdict: Verdict) -> str:
         axes.plot(arm.effect, place, "o", color="#3b6ea5")
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axes.set_ylim(-0.5, len(arms) - 0.5)
     axes.set_xlabel(f"better than random by ({verdict.metric}); 95 % interval")
     return _uri(figure)
 

@@ -33,7 +33,8 @@ class VerdictConfig:
 class ReportConfig(StageConfig):
     """Configuration of `report`."""
 
-    runs: list[str] = input_(doc="outputs of a run: folders, which may hold several")
+    runs: list[str] = input_([], doc="outputs of a run: folders, which may hold several")
+    root_dir: str = input_("", doc="one folder that holds all outputs of a run, instead of runs")
     verdict: VerdictConfig = group(VerdictConfig)
     gate: str = execution("warn", doc="unless the verdict is beats_random: off: nothing, warn: say so, fail: exit 3")
     show_text: bool = identity(True, doc="show the text of some rows")
@@ -42,14 +43,14 @@ class ReportConfig(StageConfig):
         """Check the names.
 
         Raises:
-            UserError: one is unknown.
+            UserError: one is unknown, or not exactly one of runs and root_dir is given.
         """
         if self.gate not in GATES:
             raise UserError(f"gate={self.gate!r} is unknown; known: {', '.join(GATES)}")
         if self.verdict.metric not in METRICS:
             raise UserError(f"verdict.metric={self.verdict.metric!r} is unknown; known: {', '.join(METRICS)}")
-        if not self.runs:
-            raise UserError("runs=[] is empty: name the outputs of a run")
+        if bool(self.runs) == bool(self.root_dir):
+            raise UserError("runs= or root_dir=, exactly one of them, names the outputs of a run")
 
 
 def run(config: ReportConfig) -> Path:
@@ -65,7 +66,7 @@ def run(config: ReportConfig) -> Path:
     config.validate()
     from selectmoe import report_data
 
-    outputs = report_data.find(config.runs)
+    outputs = report_data.find(config.runs or [config.root_dir])
     with stage.begin(STAGE, VERSION, config, inputs={"runs": [str(path) for path, _ in outputs]}) as out:
         if not out.done:
             from selectmoe import report_html

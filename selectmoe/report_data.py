@@ -103,18 +103,23 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
     router = read_router_data(the_one(outputs, "route"))
     selections: dict[str, list[Selected]] = {}
     chosen: Path | None = None
-    for path, _ in by_stage(outputs, "select"):
+    identities: dict[str, str] = {}
+    for path, manifest in by_stage(outputs, "select"):
         name = path.name if (path.parent / "arms.json").is_file() else "selected"
+        if name in selections and manifest.identity != identities[name]:
+            raise UserError(f"runs= hold two different selections for {name}: name the outputs of one run only")
+        identities[name] = manifest.identity
         selections[name] = read_selected(path)
         chosen = path if name == "selected" else chosen
     if chosen is None:
         raise UserError("runs= hold no output of `select` for the arm selected")
     values, weights, strata, base = evaluations(outputs)
+    planted = ingest / "planted.jsonl"
     found = Findings(
         outputs=outputs,
         rows=rows,
         router=router,
-        planted={(r["dataset"], r["id"]): r["kind"] for r in _lines(ingest / "planted.jsonl")},
+        planted={(r["dataset"], r["id"]): r["kind"] for r in (_lines(planted) if planted.is_file() else [])},
         warmed={(r["dataset"], r["id"]) for r in _lines(warmup / "warmup_rows.jsonl")},
         selections=selections,
         clusters=_columns(chosen / "clusters.parquet"),
@@ -129,7 +134,9 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        raise UserError(f"{path} is missing: without it, rows that were trained on cannot be told from the others")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:
@@ -148,6 +155,7 @@ def evaluations(
         UserError: evaluations are missing, or were not made on the same examples.
     """
     bits: dict[tuple[str, int], Floats] = {}
+    identities: dict[tuple[str, int], str] = {}
     examples: list[tuple[str, str, float]] = []
     for path, manifest in by_stage(outputs, "evaluate"):
         results = [r for r in read_results(path) if r.task == HOLDOUT]
@@ -156,7 +164,13 @@ def evaluations(
             raise UserError(f"{path} was evaluated on other examples than the other runs: evaluate all on one holdout")
         examples = mine
         config = manifest.config["identity"]
-        bits[config["arm"], int(config["seed"])] = np.array([r.value for r in results])
+        arm, seed = config["arm"], int(config["seed"])
+        if (arm, seed) in bits and manifest.identity != identities[arm, seed]:
+            raise UserError(
+                f"runs= hold two different evaluations of {arm}, seed {seed}: name the outputs of one run only"
+            )
+        identities[arm, seed] = manifest.identity
+        bits[arm, seed] = np.array([r.value for r in results])
     if not examples:
         raise UserError("runs= hold no evaluation on held-out rows: run `selectmoe evaluate holdout=...` for every arm")
     arms = sorted({arm for arm, _ in bits if arm != "base"})
@@ -258,11 +272,12 @@ def planted_share(found: Findings) -> dict[str, float]:
 
 
 def stages(found: Findings) -> list[dict[str, Any]]:
-    """Time, rows, bytes and digests per output."""
+    """Time, rows, bytes, files with their digests, and the command per output."""
+    parts = ("pool", "holdout")
     return [
         {
             "stage": m.stage,
-            "arm": m.config["identity"].get("arm", path.name if m.stage == "select" else ""),
+            "arm": m.config["identity"].get("arm", path.name if path.name in parts or m.stage == "select" else ""),
             "seed": m.config["identity"].get("seed", ""),
             "seconds": m.environment["seconds"],
             "peak_rss_mib": round(m.environment["peak_rss_bytes"] / 2**20),
@@ -272,6 +287,7 @@ def stages(found: Findings) -> list[dict[str, Any]]:
             "bytes": sum(f["bytes"] for f in m.files),
             "identity": m.identity,
             "inputs": " ".join(f"{name}={entry['identity'][:12]}" for name, entry in sorted(m.inputs.items())),
+            "files": [[f["path"], f["bytes"], f["sha256"]] for f in m.files],
             "command": command(m),
         }
         for path, m in found.outputs
@@ -279,7 +295,7 @@ def stages(found: Findings) -> list[dict[str, Any]]:
 
 
 def command(manifest: Manifest) -> str:
-    """The command that does this again."""
+    """The command that does this again; what `merge` and `baseline` write as a part is made by them."""
     from selectmoe.config import flatten
 
     def word(value: Any) -> str:
@@ -288,5 +304,7 @@ def command(manifest: Manifest) -> str:
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
     given = flatten(manifest.config["identity"]) | flatten(manifest.config["execution"])
+    stage = "merge" if manifest.stage == "route" and "shards" in given else manifest.stage
+    given["output_dir"] = str(given["output_dir"]).replace("/.work/staging", "")  # where a part was while it was made
     words = [shlex.quote(f"{k}={word(v)}") for k, v in given.items() if v not in ("", [], None) and k != "work_root"]
-    return " ".join(["selectmoe", manifest.stage.split("-")[0], *words])
+    return " ".join(["selectmoe", stage, *words])

@@ -31,6 +31,8 @@ CLIP = 400
 """Characters shown of a row."""
 CLUSTERS = 50
 """Clusters in the table, the largest ones; results.json has all."""
+FILES = 1000
+"""Files in the table; results.json has all."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
@@ -146,7 +148,7 @@ def _selection(found: Findings, results: dict[str, Any]) -> str:
     ]
     return (
         table(["rows of", *sources], rows, "Rows by source")
-        + table(["rows of", "share of planted rows"], shares, "Planted rows")
+        + (table(["rows of", "share of planted rows"], shares, "Planted rows") if found.planted else "")
         + image(plots.cluster_map(found.clusters), "Map of the rows by their routing; the chosen ones are circled")
         + table(
             ["cluster", "rows", "selected"],
@@ -178,8 +180,12 @@ def _cost(results: dict[str, Any]) -> str:
 
 def _lineage(results: dict[str, Any]) -> str:
     rows = [(s["stage"], s["arm"], s["seed"], s["identity"][:12], s["inputs"]) for s in results["stages"]]
+    files = [(s["stage"], s["arm"], s["seed"], *file) for s in results["stages"] for file in s["files"]][:FILES]
+    total = sum(len(s["files"]) for s in results["stages"])
     commands = "\n".join(s["command"] for s in results["stages"])
     return (
         table(["stage", "arm", "seed", "identity", "inputs"], rows, "Every output and what it was made from")
-        + f"<details><summary>The commands</summary><pre>{escape(commands)}</pre></details>"
+        + "<details><summary>The files</summary>"
+        + table(["stage", "arm", "seed", "file", "bytes", "SHA-256"], files, f"{len(files)} of {total} files")
+        + f"</details><details><summary>The commands</summary><pre>{escape(commands)}</pre></details>"
     )

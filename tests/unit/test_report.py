@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,45 @@ def test_lineage_names_every_output_with_its_identity_and_command(tmp_path: Path
     assert all(s["identity"][:12] in text for s in stages)
     assert "1 too short" in text
     assert "selectmoe select method=kmeans seed=42 output_dir=select" in text
+    assert {s["arm"] for s in stages if s["stage"] == "ingest"} == {"", "pool", "holdout"}
+    for path in outputs(root):
+        assert all(f["sha256"] in text for f in read_manifest(path).files)
+
+
+def test_root_dir_is_runs_in_one_folder(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    one = report(root, tmp_path / "one")
+    two = run(load(ReportConfig, {"root_dir": str(root), "output_dir": str(tmp_path / "two")}))
+    assert read_manifest(one).identity == read_manifest(two).identity
+
+
+def test_nothing_planted_is_said_and_no_share_is_shown(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    (root / "ingest" / "planted.jsonl").unlink()
+    (root / "ingest" / "manifest.json").unlink()
+    manifest(root / "ingest", "ingest")
+    text = (report(root, tmp_path / "report") / "report.html").read_text(encoding="utf-8")
+    assert "Nothing was planted" in text
+    assert "share of planted rows" not in text
+
+
+def test_two_selections_are_never_mixed(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    other = root / "other"
+    shutil.copytree(root / "select", other)
+    (other / "manifest.json").unlink()
+    manifest(other, "select", method="top")
+    with pytest.raises(UserError, match="two different selections"):
+        run(load(ReportConfig, {"root_dir": str(root), "output_dir": str(tmp_path / "report")}))
+
+
+def test_a_warm_up_that_does_not_say_what_it_saw_is_refused(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    (root / "warmup" / "warmup_rows.jsonl").unlink()
+    (root / "warmup" / "manifest.json").unlink()
+    manifest(root / "warmup", "warmup")
+    with pytest.raises(UserError, match=r"warmup_rows\.jsonl is missing"):
+        report(root, tmp_path / "report")
 
 
 def test_row_text_can_be_switched_off(tmp_path: Path) -> None:
@@ -248,7 +288,12 @@ def test_gate_fail_lets_a_better_selection_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"gate": "maybe"}, "gate="), ({"verdict": {"metric": "x"}}, "verdict.metric="), ({"runs": []}, "runs=")],
+    [
+        ({"gate": "maybe"}, "gate="),
+        ({"verdict": {"metric": "x"}}, "verdict.metric="),
+        ({"runs": []}, "runs="),
+        ({"root_dir": "x"}, "runs="),
+    ],
 )
 def test_unknown_names_are_refused_before_any_work(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
