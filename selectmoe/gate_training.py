@@ -2,12 +2,13 @@
 
 No command runs this module. Not transformers' Trainer: an observer's gates need a forward pass of the base model without
 lm_head and without a backward pass through it, over pairs of rows that are made as training goes; that is 20 lines here.
-Every step's rows, order and copies follow from seed, epoch and rows alone, so a state holds no random generator.
+Every step's rows, order, copies and noise follow from seed, step and rows alone, so a state holds no random generator.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -92,8 +93,16 @@ class GateTraining:
         return chosen
 
     def train(self) -> None:
-        """Go through all steps, from the last committed one on."""
+        """Go through all steps, from the last committed one on.
+
+        Raises:
+            UserError: the loss is no longer finite.
+        """
         start = self._resume()
+        weight = self.config.training.quality_loss_weight
+        coefficient = 1.0 if self.config.recipe == "observer" else float(self.model.config.router_aux_loss_coef)
+        self.out.metric("quality_loss_weight", weight, step=start)
+        self.out.metric("quality_loss_weight/effective", coefficient * weight, step=start)
         committed = time.monotonic()
         for step in progress(range(start, self.steps), "warm-up", total=self.steps - start, unit="step"):
             rate = self.config.training.learning_rate * (1 - step / self.steps)
@@ -101,6 +110,8 @@ class GateTraining:
                 group["lr"] = rate
             self.optimizer.zero_grad()
             numbers = self._step(step)
+            if not math.isfinite(numbers["loss"]):
+                raise UserError(f"the loss was {numbers['loss']} at step {step}: lower training.learning_rate")
             self.optimizer.step()
             for name, value in numbers.items():
                 self.out.metric(name, value, step=step)
@@ -110,6 +121,7 @@ class GateTraining:
 
     def _step(self, step: int) -> dict[str, float]:
         """Gradients of one step, and what it was like."""
+        torch.manual_seed(self.config.seed + step)  # the noise of a trash expert, the same after a restart
         items = self._items(step)
         return self._observe(items) if self.config.recipe == "observer" else self._through(items)
 
@@ -170,9 +182,7 @@ class GateTraining:
             weighted: Tensor = loss * share * self.config.training.quality_loss_weight
             torch.autograd.backward(weighted)
             numbers["loss"] += float(loss.detach()) * share
-            with torch.no_grad():
-                good = torch.stack([s.squeeze(-1).sigmoid() for s in base.quality_score]).mean(0)
-                rows = (good * answer).sum(1) / answer.sum(1).clamp(min=1)
+            rows = _good_ratio(base.quality_score, answer)
             for label, name in ((1, "good_ratio/pool"), (0, "good_ratio/corrupted")):
                 numbers[name] += float(rows[labels == label].sum()) / counts[label]
         return numbers
@@ -182,7 +192,8 @@ class GateTraining:
         t = self.config.training
         total = sum(map(len, batches))
         learned = sum(sum(self._learned(e)) for batch in batches for e, label in batch if label)
-        numbers = {"loss": 0.0, "loss/cross_entropy": 0.0, "loss/quality": 0.0}
+        clean = sum(label for batch in batches for _, label in batch)
+        numbers = {"loss": 0.0, "loss/cross_entropy": 0.0, "loss/quality": 0.0, "good_ratio/pool": 0.0}
         self.model.train()
         for batch in batches:
             ids, mask, answer, row_labels = self._tensors(batch)
@@ -205,6 +216,7 @@ class GateTraining:
             numbers["loss"] += float(loss.detach())
             numbers["loss/cross_entropy"] += float(out.ce_loss.detach())
             numbers["loss/quality"] += float(out.quality_loss.detach()) * share
+            numbers["good_ratio/pool"] += float(_good_ratio(out.quality_score, mask)[row_labels == 1].sum()) / clean
         return numbers
 
     def _commit(self, step: int) -> None:
@@ -227,3 +239,10 @@ class GateTraining:
     def save(self, directory: Path) -> None:
         """Write the router weights in both forms, and the tokenizer."""
         save_router_weights(self.model.eval(), directory, self.tokenizer)
+
+
+@torch.no_grad()
+def _good_ratio(scores: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+    """Mean g per row over layers and the tokens of a mask [B, T]: [B]."""
+    good = torch.stack([s.squeeze(-1).sigmoid() for s in scores]).mean(0)
+    return (good * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -6,6 +6,9 @@ In: a dense checkpoint and a pool. Out: an `olmoe` checkpoint with `qk_norm: fal
 so that its logits are the dense model's (rounding apart) as long as the top-k weights sum to 1. The routers are initialised
 from the data: in every layer the centres of a spherical k-means over the hidden states that the MLP reads. Such a router
 spreads a pool over the experts by content, where a random one gives random projections as features.
+
+Identical experts give a router no gradient. Whoever trains routers (`recipe=legacy`) sets `expert_noise` (0.1 was enough in
+a trial), at the price of exactness.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class UpcycleConfig(StageConfig):
     top_k: int = identity(1, doc="experts per token; 1 runs at the dense model's speed")
     layers: int = identity(0, doc="keep the first so many layers; 0: all (fewer are faster, and no longer exact)")
     init: str = identity("clusters", doc="the routers: clusters (of the pool's hidden states) or random")
+    expert_noise: float = identity(0.0, doc="normal noise on the experts, in standard deviations of each weight matrix")
     rows: int = identity(64, doc="rows of the pool that init=clusters reads")
     max_length: int = identity(256, doc="tokens of such a row")
 
@@ -61,6 +65,8 @@ class UpcycleConfig(StageConfig):
                 raise UserError(f"{name}={getattr(self, name)}: at least 1")
         if self.layers < 0:
             raise UserError(f"layers={self.layers}: 0 (all) or more")
+        if not 0 <= self.expert_noise < 10:
+            raise UserError(f"expert_noise={self.expert_noise} must be at least 0 and below 10 (0.1 is much already)")
 
 
 def run(config: UpcycleConfig) -> Path:
@@ -80,7 +86,7 @@ def run(config: UpcycleConfig) -> Path:
         if out.done:
             return out.path
         routers = initial_routers(source, sparse, config)
-        checkpoint.write_tensors(out.staging, sparse_tensors(source.path, sparse, routers))
+        checkpoint.write_tensors(out.staging, sparse_tensors(source.path, sparse, routers, config))
         checkpoint.write_json(out.staging / "config.json", sparse)
         checkpoint.copy_companions(source.path, out.staging)
         out.commit()
@@ -134,9 +140,11 @@ def olmoe_config(dense: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]
     }
 
 
-def sparse_tensors(path: Path, sparse: dict[str, Any], routers: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def sparse_tensors(
+    path: Path, sparse: dict[str, Any], routers: list[Tensor], config: UpcycleConfig
+) -> Iterator[tuple[str, Tensor]]:
     """The sparse model's tensors in the per-expert layout, in the order of the source, router beside its experts."""
-    layers, experts = int(sparse["num_hidden_layers"]), int(sparse["num_experts"])
+    layers = int(sparse["num_hidden_layers"])
     done: set[int] = set()
     for name, tensor in checkpoint.read_tensors(path):
         parts = name.split(".")
@@ -144,13 +152,29 @@ def sparse_tensors(path: Path, sparse: dict[str, Any], routers: list[Tensor]) ->
         if layer >= layers:
             continue
         if len(parts) > 3 and parts[3] == "mlp":
-            for expert in range(experts):
-                yield ".".join([*parts[:4], "experts", str(expert), *parts[4:]]), tensor.clone()
+            for expert in range(config.experts):
+                copy = ".".join([*parts[:4], "experts", str(expert), *parts[4:]])
+                yield copy, noisy(tensor, copy, config)
             if layer not in done:
                 done.add(layer)
                 yield f"model.layers.{layer}.mlp.gate.weight", routers[layer].to(tensor.dtype)
         else:
             yield name, tensor
+
+
+def noisy(tensor: Tensor, name: str, config: UpcycleConfig) -> Tensor:
+    """A copy of a weight, with the configured noise; the noise follows from seed and name, not from what came before."""
+    import hashlib
+
+    import torch
+
+    if not config.expert_noise:
+        return tensor.clone()
+    digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    wide = tensor.float()
+    noise = torch.randn(wide.shape, generator=generator) * wide.std(correction=0) * config.expert_noise
+    return (wide + noise).to(tensor.dtype)
 
 
 def initial_routers(source: checkpoint.Source, sparse: dict[str, Any], config: UpcycleConfig) -> list[Tensor]:
@@ -166,8 +190,12 @@ def initial_routers(source: checkpoint.Source, sparse: dict[str, Any], config: U
     return [torch.from_numpy(router(h, config.experts, config.seed + n)) for n, h in enumerate(states)]
 
 
-def hidden_states(source: checkpoint.Source, layers: int, config: UpcycleConfig) -> list[npt.NDArray[np.float32]]:
-    """What each layer's MLP reads on the pool's first rows by a hash of their ids: [tokens, H] per layer."""
+def hidden_states(source: checkpoint.Source, layers: int, config: UpcycleConfig) -> Iterator[npt.NDArray[np.float32]]:
+    """What each layer's MLP reads on the pool's first rows by a hash of their ids: [tokens, H], layer by layer.
+
+    Raises:
+        UserError: the pool has no row.
+    """
     import hashlib
 
     import torch
@@ -183,6 +211,8 @@ def hidden_states(source: checkpoint.Source, layers: int, config: UpcycleConfig)
     rows.sort(key=lambda row: hashlib.sha256(f"{config.seed}:{row.dataset}:{row.id}".encode()).digest())
     tokenizer = template.load_tokenizer(source.path)
     encoded = template.encode_many(rows[: config.rows], tokenizer, config.max_length)
+    if not encoded:
+        raise UserError(f"data={config.data} holds no row to initialise the routers from")
     encoded.sort(key=lambda e: (-len(e), e.input_ids))
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).to(device).eval()
     model.model.layers = model.model.layers[:layers]
@@ -201,7 +231,9 @@ def hidden_states(source: checkpoint.Source, layers: int, config: UpcycleConfig)
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
         for layer, output in enumerate(caught):
             found[layer].append(output[mask.bool()].float().cpu())
-    return [torch.cat(parts).numpy() for parts in found]
+    del model
+    while found:  # a layer's states are freed once its router is made
+        yield torch.cat(found.pop(0)).numpy()
 
 
 def router(states: npt.NDArray[np.float32], experts: int, seed: int) -> npt.NDArray[np.float32]:

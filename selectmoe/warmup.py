@@ -84,20 +84,37 @@ class WarmupConfig(StageConfig):
             )
         if not 0 < t.subset_ratio <= 1 or t.rows < 0:
             raise UserError("training.subset_ratio must be above 0 and at most 1, training.rows at least 0")
-        if not t.learning_rate > 0 or t.quality_loss_weight < 0:
-            raise UserError("training.learning_rate must be above 0, training.quality_loss_weight at least 0")
+        if not 0 < t.learning_rate <= 1:
+            raise UserError(f"training.learning_rate={t.learning_rate} must be above 0 and at most 1")
+        if not 0 <= t.quality_loss_weight < float("inf"):
+            raise UserError(f"training.quality_loss_weight={t.quality_loss_weight} must be at least 0, and finite")
         check_kinds(t.corruptions, "training.corruptions")
         self._check_recipe()
+        self._check_read()
 
     def _check_recipe(self) -> None:
         t = self.training
         if not t.train_gates and not self.train_routers:
             raise UserError("training.train_gates and training.train_routers are both off: nothing would be trained")
-        contrastive = self.loss == "contrastive"
-        if self.recipe == "observer" and not contrastive:
+        if self.recipe == "observer" and self.loss != "contrastive":
             raise UserError("recipe=observer trains with quality_loss_type=contrastive: give recipe=legacy for another")
+        if self.recipe == "observer" and not t.quality_loss_weight:
+            raise UserError("training.quality_loss_weight=0 with recipe=observer: nothing would be trained")
         if self.recipe == "observer" and (self.train_routers or not t.train_gates):
             raise UserError("recipe=observer trains the gates and nothing else: give recipe=legacy to train routers")
+
+    def _check_read(self) -> None:
+        """Nothing may be set that this run would not read."""
+        unread: dict[str, str] = {}
+        if self.recipe == "observer":
+            names = ("full_sequence_prediction", "mask_special_tokens", "enable_load_balancing")
+            unread |= dict.fromkeys(names, "recipe=legacy")
+        if self.loss != "contrastive":
+            unread |= dict.fromkeys(("corruptions", "ratio"), "training.quality_loss_type=contrastive")
+        default = WarmupTraining()
+        for name, reader in unread.items():
+            if getattr(self.training, name) != getattr(default, name):
+                raise UserError(f"training.{name} is read with {reader} only: leave it out, or give that")
 
     @property
     def loss(self) -> str:
@@ -134,11 +151,14 @@ def run(config: WarmupConfig) -> Path:
         The output directory.
 
     Raises:
-        UserError: bad values, a checkpoint whose gate mode does not fit the recipe, or no row with anything to learn.
+        UserError: bad values, a checkpoint whose gate mode does not fit the recipe, no row with anything to learn, or
+            a training that diverged.
     """
     from selectmoe.checkpoint import resolve
+    from selectmoe.losses import check_loss
 
     config.validate()
+    check_loss(config.loss)
     where = str(pool.locate(config.data))
     source = resolve(
         config.selector_model.path, ("select_moe",), "selector_model.path", "make one with `selectmoe convert`"

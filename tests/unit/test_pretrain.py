@@ -1,5 +1,8 @@
 """pytest tests/unit/test_pretrain.py"""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from selectmoe import pretrain
@@ -35,19 +38,57 @@ def test_spec7_10_interrupted_training_goes_on_to_the_same_bytes(small_pool, sma
     with pytest.raises(Power):
         pretrain.run(config)
     monkeypatch.setattr(LocalStore, "put_bytes", real)
-    assert read_manifest(pretrain.run(config)).identity == read_manifest(small_olmoe).identity
+    out = pretrain.run(config)
+    assert read_manifest(out).identity == read_manifest(small_olmoe).identity
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1  # it went on: a training from the start would give the same bytes
 
 
 def test_it_learns(small_pool, tmp_path):
-    import json
-
     sizes = SIZES | {"steps": 30}
     out = pretrain.run(load(pretrain.PretrainConfig, sizes, data=str(small_pool), output_dir=str(tmp_path / "m")))
     losses = [json.loads(line)["value"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("bad", [{"hidden_size": 30}, {"experts": 1}, {"top_k": 9}, {"vocab_size": 10}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hidden_size": 30},
+        {"experts": 1},
+        {"top_k": 9},
+        {"vocab_size": 10},
+        {"steps": 0},
+        {"learning_rate": 2.0},
+        {"max_length": 1},
+    ],
+)
 def test_bad_sizes_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         load(pretrain.PretrainConfig, bad, data="d", output_dir="o")
+
+
+def test_a_tokenizer_of_ones_own(small_pool, small_olmoe, tmp_path):
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    given = {"data": str(small_pool), "tokenizer": str(small_olmoe), "output_dir": str(tmp_path / "m")}
+    out = pretrain.run(load(pretrain.PretrainConfig, sizes, **given))
+    assert (out / "tokenizer.json").read_bytes() == (small_olmoe / "tokenizer.json").read_bytes()
+    assert set(read_manifest(out).inputs) == {"pool", "tokenizer"}
+    with pytest.raises(UserError, match="vocab_size"):
+        load(pretrain.PretrainConfig, SIZES, **given)
+
+
+def test_a_tokenizer_that_is_none(small_pool, tmp_path):
+    for name, word in (("nothing", "is no folder"), (".", "no tokenizer")):
+        given = {"data": str(small_pool), "tokenizer": str(tmp_path / name), "output_dir": str(tmp_path / "m")}
+        with pytest.raises(UserError, match=word):
+            pretrain.run(load(pretrain.PretrainConfig, {}, **given))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_training_that_diverges_is_an_error(small_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "math", SimpleNamespace(isfinite=lambda value: False))
+    given = {"data": str(small_pool), "output_dir": str(tmp_path / "m")}
+    with pytest.raises(UserError, match="lower learning_rate"):
+        pretrain.run(load(pretrain.PretrainConfig, SIZES, **given))
+    assert not (tmp_path / "m").exists()

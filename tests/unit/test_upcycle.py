@@ -55,6 +55,42 @@ def test_same_bytes_twice_and_layers_can_be_cut(dense, small_pool, tmp_path):
     assert '"num_hidden_layers": 2' in (cut / "config.json").read_text()
 
 
+def test_the_number_of_threads_changes_no_byte(dense, small_pool, tmp_path):
+    one, two = (make(dense, small_pool, tmp_path / str(n), threads=n) for n in (1, 2))
+    assert read_manifest(one).identity == read_manifest(two).identity
+
+
+def test_routers_of_the_data_spread_the_pools_tokens(dense, small_pool, tmp_path):
+    """With `init=clusters` every layer uses its experts more evenly than its mean direction would let it."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(make(dense, small_pool, tmp_path / "u") / "model.safetensors")
+    config = load(upcycle.UpcycleConfig, {"rows": 16}, source_model=str(dense), data=str(small_pool), output_dir="o")
+    source = upcycle.checkpoint.resolve(str(dense), upcycle.DENSE, "source_model")
+    for layer, states in enumerate(upcycle.hidden_states(source, 3, config)):
+        probabilities = (torch.from_numpy(states) @ tensors[f"model.layers.{layer}.mlp.gate.weight"].T).softmax(-1)
+        entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+        assert abs(float(entropy) / np.log(4) - upcycle.ENTROPY_SHARE) < 0.01
+        assert probabilities.argmax(-1).bincount(minlength=4).min() > 0
+
+
+def test_expert_noise_makes_experts_differ_and_gives_routers_a_gradient(dense, small_pool, tmp_path):
+    from safetensors.torch import load_file
+
+    sizes = []
+    for noise in (0.0, 0.1):
+        sparse = make(dense, small_pool, tmp_path / f"u{noise}", expert_noise=noise, top_k=2)
+        tensors = load_file(sparse / "model.safetensors")
+        names = [f"model.layers.0.mlp.experts.{n}.up_proj.weight" for n in (0, 1)]
+        assert torch.equal(*(tensors[name] for name in names)) == (noise == 0)
+        given = {"source_model": str(sparse), "output_dir": str(tmp_path / f"c{noise}")}
+        judge = load_judge(convert.run(load(convert.ConvertConfig, {}, **given)), "cpu", torch.float32)
+        ids = torch.randint(0, 320, (2, 12), generator=torch.Generator().manual_seed(1))
+        judge(ids, labels=ids).loss.backward()
+        sizes.append(float(judge.model.layers[0].mlp.gate.weight.grad.norm()))
+    assert sizes[1] > 100 * sizes[0]
+
+
 def test_routers_spread_tokens_and_ignore_the_mean():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 16)) * 3
@@ -66,7 +102,9 @@ def test_routers_spread_tokens_and_ignore_the_mean():
     assert np.abs(weights @ (mean / np.linalg.norm(mean))).max() < 1e-3 * np.abs(weights).max() * 16
 
 
-@pytest.mark.parametrize("fields", [{"experts": 1}, {"top_k": 5}, {"init": "magic"}, {"rows": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"experts": 1}, {"top_k": 5}, {"init": "magic"}, {"rows": 0}, {"expert_noise": -1.0}]
+)
 def test_bad_values_are_refused(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         load(upcycle.UpcycleConfig, fields, source_model="m", data="d", output_dir="o")
