@@ -20,6 +20,7 @@ from selectmoe.config import build, leaves, values
 from selectmoe.errors import UserError
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
 from selectmoe.storage import prove_store
+from selectmoe.upcycle import DENSE
 
 STAGE = "check"
 VERSION = 1
@@ -27,7 +28,6 @@ BYTES_PER_TOKEN = 4.0
 """UTF-8 bytes of English text per token of a BPE tokenizer, about; for the estimate only."""
 DEVICES = {"cpu": 1e11, "a100": 1.5e14, "h100": 4e14}
 """FLOP/s that a stage reaches, about; for the estimate only."""
-DENSE = ("llama", "mistral", "qwen2", "smollm3")
 
 
 @dataclass(frozen=True)

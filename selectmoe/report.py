@@ -76,6 +76,7 @@ def run(config: ReportConfig) -> Path:
             bits = report_data.metrics(found)
             results = {
                 "verdict": judged.json(),
+                "seeds": report_data.seeds(found),
                 "bits_per_byte": bits,
                 "summary": report_data.summary(bits),
                 "auc": report_data.aucs(found),

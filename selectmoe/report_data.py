@@ -185,6 +185,12 @@ def evaluations(
     return values, np.array([w for _, _, w in examples]), [d for d, _, _ in examples], base
 
 
+def seeds(found: Findings) -> list[int]:
+    """The training seeds, the same for every arm, in the order of `Findings.values`."""
+    configs = [m.config["identity"] for _, m in by_stage(found.outputs, "evaluate")]
+    return sorted({int(config["seed"]) for config in configs if config["arm"] != "base"})
+
+
 def verdict(found: Findings, metric: str) -> Verdict:
     """The verdict (`selectmoe.verdict`)."""
     return judge(found.values, found.weights, found.strata, metric=metric)

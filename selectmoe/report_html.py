@@ -97,12 +97,12 @@ def _verdict(verdict: Verdict, results: dict[str, Any]) -> str:
         for arm in verdict.arms
     ]
     head = ["arm", "verdict", "effect", "95 % interval", "p (Holm)", "df", "smallest visible effect", "advice"]
-    seeds = max(len(v) for v in results["bits_per_byte"].values())
+    seeds = results["seeds"]
     measured = []
     for name, values in sorted(results["bits_per_byte"].items()):
         whole = results["summary"][name]
         interval = f"{whole['low']:.4f} to {whole['high']:.4f}" if "low" in whole else ""
-        measured.append((name, *values, *[""] * (seeds - len(values)), whole["mean"], interval))
+        measured.append((name, *values, *[""] * (len(seeds) - len(values)), whole["mean"], interval))
     seen = {
         True: "The oracle beats random: this run could see an effect.",
         False: "The oracle does not beat random: this run could not have seen an effect.",
@@ -113,7 +113,7 @@ def _verdict(verdict: Verdict, results: dict[str, Any]) -> str:
         + table(head, arms, f"Against random, {verdict.metric}; positive is better")
         + image(plots.forest(verdict), "Effect of every arm against random with its 95 % interval")
         + table(
-            ["arm", *[f"seed {n}" for n in range(seeds)], "mean", "95 % over seeds"],
+            ["arm", *[f"seed {seed}" for seed in seeds], "mean", "95 % over seeds"],
             measured,
             f"{verdict.metric}; lower is better",
         )

@@ -13,6 +13,7 @@ the item in the place of every parameter that a loop takes from a task beside it
 
 from kfp import dsl
 
+from components._shell import STAGES
 from components.adopt.component import adopt
 from components.baseline.component import baseline
 from components.check.component import check
@@ -47,21 +48,6 @@ COMPONENTS = (
     report,
 )
 """Every component, in the order in which they run."""
-STAGES = (
-    "ingest",
-    "upcycle",
-    "pretrain",
-    "convert",
-    "verify",
-    "warmup",
-    "route",
-    "merge",
-    "select",
-    "baseline",
-    "finetune",
-    "evaluate",
-    "report",
-)
 PARAMETERS = ("judge", "source", "target", "rows", "pool_digest", "code", "arm_seeds", "shards")
 """What `check` hands to the chain: a configuration per stage, and these."""
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -107,12 +106,10 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(words, named, tmp_path,
     for word in words:
         key, sign, value = word.partition("=")
         filled.append(key + sign + places.get(value, value))
-    started = time.monotonic()
     assert cli.main(filled) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("selectmoe: ")
     assert all(name in error for name in named), error
-    assert time.monotonic() - started < 60  # not a claim about speed: nothing expensive was begun
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "taken" / "mine.txt").read_text() == "precious"
 

@@ -298,3 +298,13 @@ def test_gate_fail_lets_a_better_selection_pass(tmp_path: Path) -> None:
 def test_unknown_names_are_refused_before_any_work(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(ReportConfig, {"runs": ["x"], "output_dir": str(tmp_path / "report")} | keys)
+
+
+def test_the_columns_are_the_seeds_that_were_used(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", seeds=0)
+    for arm, shift in (("selected", -0.1), ("random", 0.0)):
+        for seed in (7, 11, 13):
+            evaluation(run_dir / "evaluate" / f"{arm}-{seed}", arm, seed, shift)
+    page = (report(run_dir, tmp_path / "report") / "report.html").read_text(encoding="utf-8")
+    assert [int(n) for n in re.findall(r">seed (\d+)<", page)] == [7, 11, 13]
+    assert read(tmp_path / "report", "results.json")["seeds"] == [7, 11, 13]
