@@ -101,8 +101,8 @@ class GateTraining:
         start = self._resume()
         weight = self.config.training.quality_loss_weight
         coefficient = 1.0 if self.config.recipe == "observer" else float(self.model.config.router_aux_loss_coef)
-        self.out.metric("quality_loss_weight", weight, step=start)
-        self.out.metric("quality_loss_weight/effective", coefficient * weight, step=start)
+        self.out.metric("quality_loss_weight", weight)
+        self.out.metric("quality_loss_weight/effective", coefficient * weight)
         committed = time.monotonic()
         for step in progress(range(start, self.steps), "warm-up", total=self.steps - start, unit="step"):
             rate = self.config.training.learning_rate * (1 - step / self.steps)
@@ -223,6 +223,7 @@ class GateTraining:
         buffer = io.BytesIO()
         weights = {name: p.detach().cpu() for name, p in self.parameters.items()}
         torch.save({"step": step, "weights": weights, "optimizer": self.optimizer.state_dict()}, buffer)
+        self.out.keep_metrics()
         self.out.work.put_bytes(STATE, buffer.getvalue())
 
     def _resume(self) -> int:

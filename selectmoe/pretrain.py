@@ -192,6 +192,7 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
             buffer = io.BytesIO()
             kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(kept, buffer)
+            out.keep_metrics()
             out.work.put_bytes(STATE, buffer.getvalue())
             committed = time.monotonic()
     return model.eval()

@@ -50,13 +50,21 @@ class Output:
         self.work: Store = open_store(f"{root.rstrip('/')}/{stage}/{self.key}")
         self.staging = path / ".work" / "staging"
         self._started = time.monotonic()
-        self._metrics: list[dict[str, Any]] = []
+        kept = json.loads(self.work.get(METRICS) or b"[]")
+        self._metrics: dict[tuple[str, int | None], dict[str, Any]] = {(m["name"], m.get("step")): m for m in kept}
         self._threads = config.threads
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
-        """Record a number that a person wants to watch; it goes into metrics.jsonl and from there to MLflow."""
+        """Record a number that a person wants to watch; it goes into metrics.jsonl and from there to MLflow.
+
+        A step that is done again after a kill replaces its number.
+        """
         entry: dict[str, Any] = {"name": name, "value": float(value), "time": time.time()}
-        self._metrics.append(entry if step is None else entry | {"step": step})
+        self._metrics[name, step] = entry if step is None else entry | {"step": step}
+
+    def keep_metrics(self) -> None:
+        """Commit the numbers so far, so that a restart has them; called before the state that they lead up to."""
+        self.work.put_bytes(METRICS, json.dumps(list(self._metrics.values())).encode())
 
     def part(self, name: str, *, rows_in: int, rows_out: int, dropped: Mapping[str, int] | None = None) -> None:
         """Give the folder `name` inside the staging folder a manifest of its own."""
@@ -79,7 +87,7 @@ class Output:
             bookkeeping: globs of files that are checked but do not belong to the identity.
         """
         if self._metrics:
-            lines = "".join(json.dumps(m, sort_keys=True) + "\n" for m in self._metrics)
+            lines = "".join(json.dumps(m, sort_keys=True) + "\n" for m in self._metrics.values())
             (self.staging / METRICS).write_text(lines, encoding="utf-8")
         for entry in sorted(self.staging.iterdir()):
             entry.rename(self.path / entry.name)

@@ -1,6 +1,7 @@
 """pytest tests/unit/test_pretrain.py"""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -38,10 +39,13 @@ def test_spec7_10_interrupted_training_goes_on_to_the_same_bytes(small_pool, sma
     with pytest.raises(Power):
         pretrain.run(config)
     monkeypatch.setattr(LocalStore, "put_bytes", real)
+    restarted = time.time()
     out = pretrain.run(config)
     assert read_manifest(out).identity == read_manifest(small_olmoe).identity
-    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 1  # it went on: a training from the start would give the same bytes
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(config.steps))
+    # It went on from the commit: a training from the start would give the same bytes too.
+    assert [m["step"] for m in metrics if m["time"] < restarted] == [0]
 
 
 def test_it_learns(small_pool, tmp_path):
