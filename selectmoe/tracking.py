@@ -15,7 +15,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +49,8 @@ UPLOADS = {
 }
 """What is uploaded beside the manifest (globs over paths); a stage that is not named uploads everything."""
 BY_REFERENCE = ("pretrain", "upcycle", "convert")
+PROVE_SECONDS = 20.0
+"""How long `prove` tries an MLflow again that does not answer."""
 PARAMETER_LENGTH = 6000
 """What MLflow stores of one parameter at most."""
 
@@ -52,6 +58,96 @@ PARAMETER_LENGTH = 6000
 def enabled() -> bool:
     """Whether there is an MLflow to talk to."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI"))
+
+
+def prove(uri: str, experiment: str = "", *, seconds: float = PROVE_SECONDS) -> None:
+    """Prove that MLflow answers and keeps artifacts: a run, a small artifact there and back, the run deleted.
+
+    Args:
+        uri: address of the MLflow server.
+        experiment: its name; default as for everything that is sent.
+        seconds: how long a server that does not answer, or answers 5xx, is tried again (the import of mlflow counts).
+
+    Raises:
+        UserError: it cannot be reached, refuses us, or its artifact store is broken; the line names what to set.
+    """
+    deadline = time.monotonic() + seconds
+    named = {"MLFLOW_EXPERIMENT_NAME": experiment} if experiment else {}
+    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    with _environment({"MLFLOW_TRACKING_URI": uri, **impatient, **named}):
+        from mlflow.exceptions import MlflowException
+
+        while True:
+            try:
+                client, number = _client()
+                run = client.create_run(number, run_name="check", tags={f"{TAG}stage": "check-mlflow"})
+            except (MlflowException, OSError) as error:
+                message, final = _refusal(uri, error)
+                if final or time.monotonic() + 1.0 > deadline:
+                    raise UserError(message) from None
+                time.sleep(1.0)
+            else:
+                break
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # MLflow closes the connection after a failed upload
+        try:
+            _round_trip(client, run.info.run_id)
+        except Exception as error:  # the clients of all artifact stores raise their own
+            where = run.info.artifact_uri
+            raise UserError(
+                f"MLflow at {uri} answers, but its artifact store {where} does not work ({_first_line(error)}): "
+                "check --artifacts-destination and the server's S3 endpoint, bucket and credentials"
+            ) from None
+        finally:
+            with suppress(MlflowException):  # a run that stays is harmless; the error on its way says more
+                client.delete_run(run.info.run_id)
+
+
+def _round_trip(client: MlflowClient, run_id: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sent = Path(folder, "proof.txt")
+        sent.write_text(run_id, encoding="utf-8")
+        client.log_artifact(run_id, str(sent))
+        back = Path(client.download_artifacts(run_id, sent.name, tempfile.mkdtemp(dir=folder)))
+        if back.read_text(encoding="utf-8") != run_id:
+            raise OSError("what came back is not what was sent")
+
+
+def _refusal(uri: str, error: Exception) -> tuple[str, bool]:
+    """What is wrong with an MLflow, in one line, and whether trying again is pointless."""
+    text = str(error)
+    if "Invalid Host header" in text:
+        host = urllib.parse.urlsplit(uri).netloc
+        return f"MLflow at {uri} answers 403 (Invalid Host header): start it with --allowed-hosts {host}", True
+    code = error.get_http_status_code() if hasattr(error, "get_http_status_code") else 0
+    if code in (401, 403) or "error code 401" in text or "error code 403" in text:
+        return (
+            f"MLflow at {uri} refuses us ({code}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
+        ), True
+    if code == 404 or "in a valid JSON format" in text:
+        return (
+            f"what answers at {uri} is not MLflow ({_first_line(error)}): set MLFLOW_TRACKING_URI to its address",
+            True,
+        )
+    if "error responses" in text:
+        return f"MLflow at {uri} answers with errors ({_first_line(error)}): look at its log and its database", False
+    return f"MLflow at {uri} cannot be reached ({_first_line(error)}): start it, or set MLFLOW_TRACKING_URI", False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][-200:]
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for a while; MLflow's clients read them at every request."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def start_parent(name: str, params: Mapping[str, Any], key: str = "") -> str:
@@ -194,14 +290,15 @@ def _client() -> tuple[MlflowClient, str]:
     wanted = os.environ.get("MLFLOW_EXPERIMENT_ID", "")
     if wanted:
         return client, wanted
-    found = client.get_experiment_by_name(EXPERIMENT)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "") or EXPERIMENT
+    found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client, client.create_experiment(EXPERIMENT)
+            return client, client.create_experiment(name)
         except MlflowException:  # another task made it in between
-            found = client.get_experiment_by_name(EXPERIMENT)
+            found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage == "deleted":
-        raise UserError(f"MLflow's experiment {EXPERIMENT!r} is in its bin: restore it or remove it for good")
+        raise UserError(f"MLflow's experiment {name!r} is in its bin: restore it or remove it for good")
     return client, str(found.experiment_id)
 
 
