@@ -1,5 +1,7 @@
 """Compile the pipeline: `python -m pipelines compile` writes `pipelines/select_moe/pipeline.yaml` and the READMEs.
 
+`python -m pipelines submit` runs it on a cluster (`pipelines/submit.py`).
+
 The README of a component is made from its docstring and its signature, as `components/NAME/README.md`.
 """
 
@@ -64,8 +66,12 @@ def _cell(text: str | None) -> str:
 
 def main(arguments: list[str]) -> int:
     """The command line; exit code 2 where it is not understood."""
+    if arguments[:1] == ["submit"]:
+        from pipelines import submit
+
+        return submit.main(arguments[1:])
     if arguments != ["compile"]:
-        print("usage: python -m pipelines compile", file=sys.stderr)
+        print("usage: python -m pipelines compile | submit ... (submit --help)", file=sys.stderr)
         return 2
     print(compile_all()[0])
     return 0
