@@ -24,6 +24,7 @@ from selectmoe import manifest as mf
 from selectmoe import tracking
 from selectmoe.config import StageConfig, load
 from selectmoe.errors import Refused, UserError
+from selectmoe.progress import quiet
 
 EVENTS = "SELECTMOE_EVENTS"
 """Environment variable: a file to which every executed task adds a line of JSON (a cached task executes nothing)."""
@@ -132,6 +133,7 @@ def check(artifact: Any, named: Mapping[str, str], overrides: list[str]) -> tupl
     from selectmoe.run import compose
 
     arguments = [f"{key}={value}" for key, value in named.items() if value]
+    quiet()
     _note(stage="check")
     with _exit_code("check"):
         config = compose([*arguments, *overrides, f"output_dir={artifact.path}"])
@@ -220,6 +222,7 @@ def _call(stage: str, config: str, folder: Path, work_root: str, given: Mapping[
     module = importlib.import_module(f"selectmoe.{stage}")
     kind: type[StageConfig] = getattr(module, f"{stage.capitalize()}Config")
     paths = dict(given) | {"output_dir": str(folder), "work_root": work_root}
+    quiet()
     _note(stage=stage)
     with _exit_code(stage):
         settings = load(kind, config, **{key: value for key, value in paths.items() if value not in ("", [])})

@@ -21,13 +21,14 @@ import re
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from selectmoe.errors import Refused, UserError
+from selectmoe.entry import STOPPING, at_stage, enter
+from selectmoe.errors import UserError
+from selectmoe.progress import quiet
 
 NAMED = ("preset", "data", "budget")
 """Settings of `selectmoe run` that are parameters of the pipeline; the others go through `overrides`."""
@@ -51,13 +52,17 @@ def run(overrides: list[str]) -> int:
     Raises:
         UserError: the configuration is wrong, a port is taken, or another run is under way here.
     """
+    from pipelines import servers
+    from selectmoe import check
+
     started = time.monotonic()
     state = state_folder()
     arguments = _pipeline_arguments(overrides, state)
-    config, plan = _plan(overrides, arguments)
+    config = _compose(arguments, state)
+    servers.check_ports(state)
+    plan = check.plan(config)
     arguments["data"] = config.data  # the preset's rows are on disk now
     with _alone(state):
-        from pipelines import servers
         from selectmoe import manifest, tracking
         from selectmoe.config import values
 
@@ -81,10 +86,7 @@ def run(overrides: list[str]) -> int:
         page = tracking.finish_parent(parent, failed=result is None, tags=tags)
     if result is None:
         name, code, message = failure or ("the pipeline", 1, "see the lines above")
-        print(
-            f"\n{name} failed: {message} (log: {state / 'run.log'}; run: {page})",
-            file=sys.stderr,
-        )
+        print(f"selectmoe: {name} failed: {message} (log: {state / 'run.log'}; run: {page})", file=sys.stderr)
         return code
     seconds = time.monotonic() - started
     _say(
@@ -108,19 +110,23 @@ def down() -> int:
 
 
 def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
+    from selectmoe.cli import refuse_credentials
+
+    refuse_credentials(overrides)
     given: dict[str, str] = {}
     rest = []
     for item in overrides:
         key, sign, value = item.partition("=")
         if not sign:
-            raise UserError(f"{item!r} is not of the form key=value")
+            raise UserError(f"{item!r} is not of the form key=value (selectmoe run --help)")
         if key in (*NAMED, "work_root", "model_root"):
             given[key] = value
         else:
             rest.append(item)
     half = max(1, len(os.sched_getaffinity(0)) // 2)  # KFP's local runner does two of the loop's tasks at a time
     keys = {item.partition("=")[0] for item in rest}
-    rest += [f"{key}={half}" for key in ("finetune.threads", "evaluate.threads") if key not in keys]
+    own = {"finetune.threads": half, "evaluate.threads": half, "demo_dir": state / "demo"}
+    rest += [f"{key}={value}" for key, value in own.items() if key not in keys]
     defaults = {
         "preset": "quick",
         "work_root": str(state / "work"),
@@ -134,13 +140,11 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
     return arguments
 
 
-def _plan(overrides: list[str], arguments: dict[str, Any]) -> tuple[Any, Any]:
-    from selectmoe import check
+def _compose(arguments: dict[str, Any], state: Path) -> Any:
     from selectmoe.run import compose
 
     named = [f"{key}={value}" for key, value in arguments.items() if key != "overrides" and value]
-    config = compose([*named, *arguments["overrides"], f"output_dir={state_folder() / 'run'}"])
-    return config, check.plan(config)
+    return compose([*named, *arguments["overrides"], f"output_dir={state / 'run'}"])
 
 
 @contextlib.contextmanager
@@ -159,13 +163,13 @@ def _environment(state: Path, mlflow: str) -> None:
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH", "")])])
     os.environ["MLFLOW_TRACKING_URI"] = mlflow
-    quiet = {
+    mute = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "PYTHONUNBUFFERED": "1",
     }
-    os.environ.update(quiet | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"})
+    os.environ.update(mute)
 
 
 @contextlib.contextmanager
@@ -195,8 +199,6 @@ def _sending(work_root: str) -> Iterator[None]:
 
 def _execute(state: Path, arguments: dict[str, Any]) -> Path | None:
     """Run the pipeline with KFP's local runner; the report's folder, or None where a task failed."""
-    warnings.filterwarnings("ignore", module=r"kfp\..*")
-    warnings.filterwarnings("ignore", message=".*custom or non-Python base image.*")
     from kfp import local
 
     from pipelines.select_moe.pipeline import select_moe
@@ -248,6 +250,8 @@ class Screen(io.TextIOBase):
         return len(text)
 
     def _shown(self, line: str) -> str:
+        if STOPPING.is_set():
+            return ""
         task = re.search(r"Executing task \S*'([a-z0-9-]+)'", line)
         if task:
             self.here.task = re.sub(r"-\d+$", "", task.group(1))
@@ -270,7 +274,7 @@ class Screen(io.TextIOBase):
         )
         if logged or outputs or not hasattr(self.here, "task"):
             return ""
-        return f"[{self.here.task}] {bare}"
+        return f"[{self.here.task}] {bare.removeprefix(f'{self.here.task}: ')}"
 
 
 def _is_json(text: str) -> bool:
@@ -355,19 +359,18 @@ def _say(
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; errors as exit codes (2: the user's input, 3: the answer is no, 1: everything else)."""
-    try:
-        if arguments[:1] == ["run"]:
+    """The command line; exit codes as in docs/design.md, "Errors"."""
+    quiet()
+    return enter("selectmoe", lambda: _dispatch(arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["run"]:
+        with at_stage("pipeline", log=state_folder() / "error.log"):
             return run(arguments[1:])
-        if arguments == ["down"]:
-            return down()
-        raise UserError("usage: python -m pipelines.local run [key=value ...] | down")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 3
+    if arguments == ["down"]:
+        return down()
+    raise UserError("usage: python -m pipelines.local run [key=value ...] | down")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from selectmoe.entry import spare
 from selectmoe.errors import UserError
 
 HOST = "127.0.0.1"
@@ -75,6 +76,24 @@ def start(state: Path) -> dict[str, Server]:
         if "mlflow" not in running:
             _launch(state, running, "mlflow", ports["mlflow"])
     return running
+
+
+def check_ports(state: Path) -> None:
+    """Prove that the servers could be started, without touching anything.
+
+    Args:
+        state: as in `start`; need not exist.
+
+    Raises:
+        UserError: as `start`.
+    """
+    records = _read(state.resolve())
+    for name in PORTS:
+        recorded = records.get(name)
+        _port(name, recorded if recorded and alive(recorded) else None, recorded)
+    one, other = (os.environ.get(variable, "") for variable in PORTS.values())
+    if one and one == other:
+        raise UserError(f"{' and '.join(PORTS.values())} are both {one}: give each server its own port")
 
 
 def stop(state: Path) -> list[str]:
@@ -264,6 +283,7 @@ def _launch(state: Path, running: dict[str, Server], name: str, port: int) -> No
             cwd=state,
             start_new_session=True,
         )
+    spare(process.pid)  # it stays up when the run that started it is interrupted
     running[name] = Server(name, process.pid, _start_mark(process.pid), port)
     _write(state, running)
     _wait(process, running[name], log)

@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectmoe import manifest, stage
+from selectmoe import demo, manifest, stage
 from selectmoe.config import build, leaves, values
+from selectmoe.demo import DemoConfig
 from selectmoe.errors import UserError
+from selectmoe.ingest import holdout_size
+from selectmoe.picking import most_rows, target_rows
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
+from selectmoe.select import CLUSTERED, SelectConfig
 from selectmoe.storage import prove_store
 from selectmoe.upcycle import DENSE
 
 STAGE = "check"
 VERSION = 1
+MODELS = ("source_model", "target_model")
 BYTES_PER_TOKEN = 4.0
 """UTF-8 bytes of English text per token of a BPE tokenizer, about; for the estimate only."""
 DEVICES = {"cpu": 1e11, "a100": 1.5e14, "h100": 4e14}
@@ -43,22 +48,25 @@ class Plan:
     estimate: dict[str, Any]
 
 
-def resolve(config: RunConfig) -> None:
-    """Fill in what the user did not name: the demo's rows and model (made from packages where they are not there yet).
+def resolve(config: RunConfig) -> DemoConfig | None:
+    """Fill in what the user did not name: the places of the demo's rows and model.
 
     Nothing is planted into the user's own rows by a preset, and without planted rows there is no oracle.
+
+    Returns:
+        What the demo has to make before the run can read it; None where everything is the user's.
 
     Raises:
         UserError: nothing names the rows, or the model.
     """
+    wanted = None
     if config.demo:
-        from selectmoe import demo
-
         wants_model = config.judge != "pretrain" and not config.source_model
         folder = Path(config.demo_dir, config.demo).resolve()
         own_rows = config.data not in ("", str(folder / "data"))
         if wants_model or not own_rows:
-            demo.run(demo.DemoConfig(output_dir=str(folder), preset=config.demo, model=wants_model))
+            wanted = DemoConfig(output_dir=str(folder), preset=config.demo, model=wants_model)
+            wanted.validate()
         if own_rows:
             config.ingest.plant.share = 0.0
         config.data = config.data or str(folder / "data")
@@ -72,6 +80,7 @@ def resolve(config: RunConfig) -> None:
         raise UserError("source_model= is missing: name a checkpoint, or take preset=quick")
     if config.judge == "upcycle" and not config.target_model:
         config.target_model = config.source_model
+    return wanted
 
 
 def plan(config: RunConfig) -> Plan:
@@ -80,17 +89,59 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         UserError: anything that would stop the run later: one line, what, where, what would be right.
     """
-    resolve(config)
+    demo_config = resolve(config)
     stages = stage_configs(config)
     if config.work_root.startswith("s3://"):
         prove_store(config.work_root)
+    if demo_config:
+        _prove_before_demo(config, demo_config)
+        demo.run(demo_config)
     rows, text = _read_rows(config)
-    sizes = {name: _check_model(config, name) for name in ("source_model", "target_model") if getattr(config, name)}
+    check_amount(config, stages["select"], rows)
+    sizes = {name: _check_model(config, name) for name in MODELS if getattr(config, name)}
     digests = {name: manifest.identity_of(getattr(config, name)) for name in sizes}
     digests |= {"pool": manifest.tree_identity(config.data), "code": code_digest()}
     arm_seeds = [f"{arm}:{seed}" for arm in config.arms for seed in range(config.seeds)]
     estimate = _estimate(config, rows, text, sizes, len(arm_seeds))
     return Plan(stages, digests, list(config.arms), arm_seeds, config.judge, config.shards, estimate)
+
+
+def _prove_before_demo(config: RunConfig, wanted: DemoConfig) -> None:
+    """Prove what does not depend on the demo's rows and model, so that a mistake leaves none of them behind."""
+    made = Path(wanted.output_dir)
+    if Path(config.data) != made / "data":
+        rows, _ = _read_rows(config)
+    else:
+        rows = wanted.rows or demo.PRESETS[wanted.preset][0]
+    check_amount(config, stage_configs(config)["select"], rows)
+    for name in MODELS:
+        if (path := getattr(config, name)) and Path(path) != made / "model":
+            _check_model(config, name)
+
+
+def check_amount(config: RunConfig, select: dict[str, Any], rows: int) -> None:
+    """Refuse a budget that the pool cannot give, or that picking's filter does not leave.
+
+    Args:
+        config: of the whole run.
+        select: the resolved configuration of `select`.
+        rows: how many come in, before the holdout.
+
+    Raises:
+        UserError: it cannot; the message names the largest that can.
+    """
+    held = holdout_size(config.ingest.holdout, rows)
+    share = config.ingest.plant.share
+    n = rows - held + round(share * (rows - held) / (1 - share))
+    target = select["selection_rows"] or target_rows(n, select["selection_percentage"])
+    settings = build(SelectConfig, select)
+    drop = settings.parts()["drop"] if settings.method in CLUSTERED else 0.0
+    if select["selection_tokens"] is None and target > most_rows(n, drop):
+        filtered = f", of which picking leaves {most_rows(n, drop)} (filter.drop={drop:g})" if drop else ""
+        raise UserError(
+            f"budget={config.budget} is {target} rows, but the pool has {n} ({rows} read, {held} held out){filtered}: "
+            "take a smaller budget or more rows"
+        )
 
 
 def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -149,7 +200,7 @@ def _read_rows(config: RunConfig) -> tuple[int, int]:
     intake = ingest.Intake()
     for name, path in ingest.find_datasets(reading).items():
         ingest.read_dataset(name, path, intake)
-    ingest.check_rejected(intake, reading.max_rejected)
+    ingest.check_rejected(intake, reading.max_rejected, config.data)
     if not intake.rows:
         raise UserError(f"data={config.data} holds no usable row")
     text = sum(len(m["content"].encode("utf-8", "surrogatepass")) for _, _, messages in intake.rows for m in messages)

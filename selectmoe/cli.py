@@ -11,13 +11,15 @@ The last line on stdout is the path of what was written. Nothing heavy is import
 from __future__ import annotations
 
 import importlib
-import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selectmoe.entry import at_stage, enter
 from selectmoe.errors import Refused, UserError
+from selectmoe.progress import quiet
 
 STAGES = {
     "check": "prove the prerequisites of a whole run and estimate it",
@@ -40,6 +42,15 @@ TOOLS = {
     "demo": "real rows and a small real model from installed packages, to try Select-MoE with",
     "sync": "selectmoe sync WORK_ROOT: send to MLflow what could not be sent before",
 }
+SPECIAL = re.compile(r"[\s()\[\]{},='\"#&;<>!^`]")
+"""What Hydra's grammar does not take in a bare string."""
+CREDENTIAL_KEY = re.compile(
+    r"(^|[._])(password|passwd|pwd|secret|credentials?|token|\w*(api|access|secret)_?key\w*|\w*_secret)$", re.I
+)
+CREDENTIAL_VALUE = re.compile(
+    r"://[^/\s]*@|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(hf|ghp|gho)_[A-Za-z0-9]{30,}|[?&]X-Amz-", re.I
+)
+"""What looks like a credential: a key's last word; a URI with a user, a signed URL, keys with a known form."""
 
 
 def usage() -> str:
@@ -65,9 +76,12 @@ def stage_help(name: str, cls: Any) -> str:
         default = "required" if leaf.default == MISSING else f"default {_shown(leaf.default)}"
         lines.append(f"  {leaf.name}\n      {leaf.doc} [{default}; {leaf.role}]")
     if name in ("run", "check"):
-        presets = sorted(p.stem for p in (Path(__file__).parent / "conf" / "preset").glob("*.yaml"))
-        lines.insert(4, f"  preset\n      values that belong together: {', '.join(presets)} [default none]")
+        lines.insert(4, f"  preset\n      values that belong together: {', '.join(_presets())} [default none]")
     return "\n".join(lines)
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "conf" / "preset").glob("*.yaml"))
 
 
 def _shown(value: Any) -> str:
@@ -118,7 +132,7 @@ def compose(name: str, overrides: Sequence[str]) -> Any:
     )
     try:
         with searched:
-            composed = hydra_compose(f"{name}_root", overrides=list(overrides))
+            composed = hydra_compose(f"{name}_root", overrides=_quoted(overrides, cls))
         mapping = OmegaConf.to_container(composed, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -130,25 +144,59 @@ def compose(name: str, overrides: Sequence[str]) -> Any:
     return config
 
 
+def refuse_credentials(overrides: Sequence[str]) -> None:
+    """Stop before a credential that somebody typed reaches a log, a manifest, `.hydra/` or MLflow.
+
+    Raises:
+        UserError: a word looks like one; the message names the key and never the value.
+    """
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if CREDENTIAL_KEY.search(key) or CREDENTIAL_VALUE.search(value if sign else override):
+            named = f"{key}=" if sign else "a word of the command"
+            raise UserError(
+                f"{named} looks like a credential: those come from the environment only "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, HF_TOKEN)"
+            )
+
+
 def _check_keys(overrides: Sequence[str], cls: Any, groups: set[str]) -> None:
-    """Say at once what is wrong with the words of a command; refuse what looks like a credential."""
+    """Say at once what is wrong with the words of a command."""
     import difflib
 
     from selectmoe.config import leaves
 
+    refuse_credentials(overrides)
     known = [leaf.name for leaf in leaves(cls)] + sorted(groups)
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override!r} is not of the form key=value (selectmoe --help)")
-        if (
-            any(word in key.lower() for word in ("password", "secret", "api_key", "access_key"))
-            or "@" in value.split("//")[-1].split("/")[0]
-        ):
-            raise UserError(f"{key}= looks like a credential: those come from the environment only")
+        if key in groups:
+            _known_preset(value)
         if key not in known and not any(name.startswith(key + ".") for name in known):
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or known[:5]
             raise UserError(f"unknown key {key!r}; nearest known: {', '.join(near)} (--help lists all)")
+
+
+def _known_preset(name: str) -> None:
+    if name not in _presets():
+        raise UserError(f"preset={name} is unknown; known: {', '.join(_presets())}")
+
+
+def _quoted(overrides: Sequence[str], cls: Any) -> list[str]:
+    """Quote a string for Hydra's grammar where it would not take it bare, so that any path can be typed as it is."""
+    from selectmoe.config import leaves
+
+    strings = {leaf.name for leaf in leaves(cls) if leaf.type is str}
+    out = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in strings and SPECIAL.search(value) and value[0] not in "'\"" and "${" not in value:
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            override = f"{key}='{escaped}'"
+        out.append(override)
+    return out
 
 
 def _save_overrides(output: Path, config: Any, overrides: Sequence[str]) -> None:
@@ -158,7 +206,7 @@ def _save_overrides(output: Path, config: Any, overrides: Sequence[str]) -> None
     from selectmoe.config import values
 
     folder = output / ".hydra"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     resolved = values(config, "identity", "execution", "input")
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
     (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
@@ -196,9 +244,18 @@ def dispatch(arguments: list[str]) -> int:
 
         print(yaml.safe_dump(values(config, "identity", "execution", "input"), sort_keys=False), end="")
         return 0
-    output = importlib.import_module(f"selectmoe.{name}").run(config)
-    if (output / "manifest.json").is_file() or name == "run":
-        _save_overrides(output, config, rest)
+    if config.work_root.startswith("s3://"):
+        from selectmoe.storage import prove_store
+
+        prove_store(config.work_root)
+    place = Path(config.output_dir)
+    try:
+        with at_stage(name, log=place / "logs" / f"{name}.log"):
+            output = importlib.import_module(f"selectmoe.{name}").run(config)
+    except Refused:
+        _save_overrides(place, config, rest)
+        raise
+    _save_overrides(place, config, rest)
     print(output)
     return 0
 
@@ -215,18 +272,8 @@ def _sync(rest: list[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        print(f"selectmoe: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Refused as error:
-        print(f"selectmoe: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        return 130
+    quiet()
+    return enter("selectmoe", lambda: dispatch(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ def own_dataset(record: dict[str, Any], default: str) -> str:
     return name
 
 
-def check_rejected(intake: Intake, most: float) -> None:
-    """Refuse a pool of which too much was rejected, with the first ten reasons.
+def check_rejected(intake: Intake, most: float, place: str) -> None:
+    """Refuse a pool of which too much was rejected, with the first ten reasons; `place` is where it was read.
 
     Raises:
         UserError: more than the share `most` was rejected, or no row is left.
@@ -207,10 +207,15 @@ def check_rejected(intake: Intake, most: float) -> None:
     reasons = "; ".join(f"{r['dataset']}/{r['file']} line {r['line']}: {r['reason']}" for r in rejected[:10])
     if len(rejected) > most * intake.seen:
         allowed = f"max_rejected={most:g} allows {int(most * intake.seen)}"
-        raise UserError(f"{len(rejected)} of {intake.seen} rows cannot be used ({allowed}): {reasons}")
+        raise UserError(f"{place}: {len(rejected)} of {intake.seen} rows cannot be used ({allowed}): {reasons}")
     if not intake.rows:
         raise UserError(
-            "the pool is empty: " + (f"every row was rejected: {reasons}" if rejected else "no file holds a row")
+            f"{place}: the pool is empty: "
+            + (
+                f"every row was rejected: {reasons}"
+                if rejected
+                else "no file holds a row, expected one JSON object a line"
+            )
         )
 
 
@@ -342,7 +347,7 @@ def run(config: IngestConfig) -> Path:
         intake = Intake()
         for name, path in datasets.items():
             read_dataset(name, path, intake)
-        check_rejected(intake, config.max_rejected)
+        check_rejected(intake, config.max_rejected, config.data or config.dataset.local.data_dir)
         planting = config.plant.share > 0
         rows = assign_ids((name, "" if planting else row_id, messages) for name, row_id, messages in intake.rows)
         pool, holdout, copies = split(rows, holdout_size(config.holdout, len(rows)))

@@ -45,6 +45,11 @@ def target_rows(n: int, percentage: float) -> int:
     return max(1, min(n, int(exact)))
 
 
+def most_rows(n: int, drop: float) -> int:
+    """How many of n rows are left when the share `drop` is left out."""
+    return n - int((n * share(drop)).to_integral_value(decimal.ROUND_FLOOR))
+
+
 def keep_best(scores: Floats, drop: float, target: int) -> Ints:
     """The rows that stay when the share `drop` with the worst scores is left out.
 
@@ -60,14 +65,14 @@ def keep_best(scores: Floats, drop: float, target: int) -> Ints:
         UserError: fewer than `target` rows would be left; names the largest drop possible.
     """
     n = len(scores)
-    dropped = int((n * share(drop)).to_integral_value(decimal.ROUND_FLOOR))
-    if n - dropped < target:
+    left = most_rows(n, drop)
+    if left < target:
         most = (Decimal(n - target) / n).quantize(Decimal("0.0001"), decimal.ROUND_FLOOR)
         raise UserError(
-            f"filter.drop={drop} leaves {n - dropped} of {n} rows, fewer than the {target} wanted: "
+            f"filter.drop={drop} leaves {left} of {n} rows, fewer than the {target} wanted: "
             f"the largest drop possible is {most}"
         )
-    return np.sort(best_first(scores)[: n - dropped])
+    return np.sort(best_first(scores)[:left])
 
 
 def best_first(scores: Floats) -> Ints:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selectmoe import manifest
 from selectmoe.baseline import BaselineConfig
 from selectmoe.config import StageConfig, execution, group, identity, input_, leaves, load
 from selectmoe.convert import ConvertConfig
+from selectmoe.entry import at_stage
 from selectmoe.errors import UserError
 from selectmoe.evaluate import EvaluateConfig
 from selectmoe.finetune import FinetuneConfig
@@ -171,6 +173,7 @@ def run(config: RunConfig) -> Path:
     from selectmoe import check
 
     root = Path(config.output_dir)
+    check_place(root)
     plan = check.plan(config)
     check.run(config, root / "check")
     chain = Chain(config, plan, root)
@@ -199,6 +202,24 @@ def run(config: RunConfig) -> Path:
     return Path(chain.do("report", runs=found))
 
 
+def check_place(root: Path) -> None:
+    """Refuse a folder that holds anything but a run.
+
+    Raises:
+        UserError: it is a file, an output itself, or holds something that no run writes.
+    """
+    if root.exists() and not root.is_dir():
+        raise UserError(f"output_dir={root} is a file: choose another output_dir")
+    if (root / manifest.NAME).is_file():
+        found = manifest.read_manifest(root, verify=False).stage
+        raise UserError(f"output_dir={root} holds the output of {found}: choose another output_dir")
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if path.name.split("-")[0] not in ("check", *CONFIGS, *manifest.RESERVED):
+            raise UserError(
+                f"output_dir={root} holds {path.name}, which is not part of a run: choose another output_dir"
+            )
+
+
 class Chain:
     """One run: its plan, and where its stages write."""
 
@@ -214,7 +235,8 @@ class Chain:
         paths = given | {"output_dir": str(output), "work_root": self.config.work_root}
         print(f"[{folder or name}]", flush=True)
         settings = load(CONFIGS[name], self.plan.stages[name], **paths)
-        return str(importlib.import_module(f"selectmoe.{name}").run(settings))
+        with at_stage(folder or name):
+            return str(importlib.import_module(f"selectmoe.{name}").run(settings))
 
     def tune(self, selection: str, baselines: str, holdout: str, target: str) -> list[str]:
         """Fine-tune and evaluate every arm with every seed, and evaluate the base model; the folders of all of it."""

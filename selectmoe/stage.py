@@ -203,7 +203,10 @@ def _prepare(path: Path, out: Output) -> None:
     for entry in left:  # moved into place by a commit that was killed before its manifest
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     shutil.rmtree(out.staging, ignore_errors=True)
-    out.staging.mkdir(parents=True)
+    try:
+        out.staging.mkdir(parents=True)
+    except (NotADirectoryError, PermissionError) as error:
+        raise UserError(f"output_dir {path} cannot be made: {error.strerror}; choose a folder you may write") from None
     LocalStore(path / ".work").put_bytes("key", out.key.encode())
 
 

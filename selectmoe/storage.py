@@ -129,14 +129,14 @@ class S3Store:
             self.delete(name)
 
 
-def s3_client() -> Any:
+def s3_client(attempts: int = 5) -> Any:
     """A boto3 S3 client with bounded retries; a new session each, so that changed credentials are read."""
     import boto3
     from botocore.config import Config
 
-    retries = {"max_attempts": 5, "mode": "standard"}
+    retries = {"max_attempts": attempts, "mode": "standard"}
     return boto3.session.Session().client(
-        "s3", config=Config(retries=retries, connect_timeout=5, signature_version="s3v4")
+        "s3", config=Config(retries=retries, connect_timeout=4, signature_version="s3v4")
     )
 
 
@@ -169,6 +169,8 @@ def prove_store(uri: str) -> None:
 
     try:
         store = open_store(uri)
+        if isinstance(store, S3Store):
+            store.client = s3_client(attempts=2)  # somebody waits for the answer
         store.put_bytes(".probe", b"select-moe")
         if store.get(".probe") != b"select-moe":
             raise UserError(f"{uri}: an object written there does not read back")

@@ -58,7 +58,10 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise UserError(
+            f"no tokenizer can be loaded from {path} ({reason}): save it there with save_pretrained"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} has no tokenizer.json: save it in that form first")
     if tokenizer.eos_token_id is None:

@@ -50,7 +50,12 @@ def test_settings_become_pipeline_parameters(tmp_path: Path, monkeypatch: pytest
         "data": str(tmp_path / "rows.jsonl"),
         "work_root": str(tmp_path / "work"),
         "model_root": str(tmp_path / "models"),
-        "overrides": ["arms=[selected,random]", f"finetune.threads={half}", f"evaluate.threads={half}"],
+        "overrides": [
+            "arms=[selected,random]",
+            f"finetune.threads={half}",
+            f"evaluate.threads={half}",
+            f"demo_dir={tmp_path / 'demo'}",
+        ],
     }
     with pytest.raises(UserError, match="key=value"):
         local._pipeline_arguments(["tiny"], tmp_path)
@@ -82,4 +87,4 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert local.main(["dance"]) == 2
-    assert capsys.readouterr().err.startswith("error: usage")
+    assert capsys.readouterr().err.startswith("selectmoe: usage")
