@@ -22,7 +22,8 @@ from selectmoe.errors import UserError
 from selectmoe.ingest import holdout_size
 from selectmoe.picking import most_rows, target_rows
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
-from selectmoe.select import CLUSTERED, SelectConfig
+from selectmoe.select import SelectConfig
+from selectmoe.selection import CLUSTERED
 from selectmoe.storage import prove_store
 from selectmoe.upcycle import DENSE
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -99,9 +100,9 @@ def _reader_gone() -> bool:
     """Whether stdout or stderr is a pipe that nobody reads; it is then silenced, so that the exit says nothing either."""
     gone = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             gone = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return gone

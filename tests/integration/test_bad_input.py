@@ -195,7 +195,7 @@ def row(n: int) -> dict[str, object]:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     """A user's folder, a real S3 server beside it, and a port that is taken."""
     folder = tmp_path_factory.mktemp("user")
-    rows = {
+    rows: dict[str, list[dict[str, object]]] = {
         "good": [row(n) for n in range(40)],
         "empty": [],
         "few": [*(row(n) for n in range(97)), *[{"x": 1}] * 3],

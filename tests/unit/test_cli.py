@@ -131,3 +131,39 @@ def test_a_budget_is_a_share_rows_or_tokens(budget, keys):
 def test_bad_budgets_are_refused(budget):
     with pytest.raises(UserError, match="budget="):
         parse_budget(budget)
+
+
+def test_a_path_is_taken_as_it_is_typed():
+    config = cli.compose("ingest", ["data=my rows (1), it's {new}.jsonl", "output_dir=o=1"])
+    assert config.data == "my rows (1), it's {new}.jsonl"
+    assert config.output_dir == "o=1"
+    assert cli.compose("ingest", ["data='a b'", "output_dir=o"]).data == "a b"
+
+
+def test_no_key_of_ours_looks_like_a_credential():
+    from selectmoe.config import leaves
+
+    for name in [*cli.STAGES, "demo"]:
+        cli.refuse_credentials([f"{leaf.name}=rows@v2/x" for leaf in leaves(cli.config_class(name))])
+
+
+@pytest.mark.parametrize(
+    "word", ["hf_token=x", "data=https://me:pw@host/x", "s3://me:pw@host", "data=s3://b/x?X-Amz-Signature=1"]
+)
+def test_a_credential_is_refused_and_not_repeated(word):
+    with pytest.raises(UserError, match="looks like a credential") as caught:
+        cli.refuse_credentials([word])
+    assert "pw" not in str(caught.value)
+
+
+def test_an_internal_failure_shows_a_trace_and_ends_with_its_stage_and_log(tmp_path, capsys, monkeypatch):
+    from selectmoe import ingest
+
+    monkeypatch.setattr(ingest, "find_datasets", lambda config: {}["missing"])
+    out = tmp_path / "o"
+    assert cli.main(["ingest", f"data={write_rows(tmp_path / 'rows.jsonl', [ROW])}", f"output_dir={out}"]) == 1
+    said = capsys.readouterr().err
+    log = out / "logs" / "ingest.log"
+    assert said.startswith("Traceback")
+    assert said.splitlines()[-1] == f"selectmoe: failed (stage ingest; log {log}): KeyError: 'missing'"
+    assert "KeyError" in log.read_text()
