@@ -198,7 +198,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     rows: dict[str, list[dict[str, object]]] = {
         "good": [row(n) for n in range(40)],
         "empty": [],
-        "few": [*(row(n) for n in range(97)), *[{"x": 1}] * 3],
+        "few": [*(row(n) for n in range(97)), *(dict[str, object](x=1) for _ in range(3))],
     }
     places = {name: str(folder / name) for name in ("out", "missing", "llama", "olmoe", "taken", "other")}
     places["not_json"] = str(folder / "not_json.jsonl")
