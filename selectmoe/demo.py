@@ -268,13 +268,26 @@ def write_model(directory: Path, threads: int = 0) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _once(directory: Path, make: Callable[[Path], None]) -> None:
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _once(directory: Path, what: str, make: Callable[[Path], None]) -> None:
     """Make a folder beside its place and rename it: it is there complete or not at all, and then left alone."""
     if directory.exists():
         print(f"demo: {directory} is there and left alone", file=sys.stderr)
         return
+    print(f"demo: writing {what} to {directory}", file=sys.stderr, flush=True)
     building = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    for left in directory.parent.glob(f".{directory.name}.*"):  # by a process that was killed
+        if left == building or not _alive(left.suffix[1:]):
+            shutil.rmtree(left, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         make(building)
@@ -297,7 +310,9 @@ def run(config: DemoConfig) -> Path:
     path = Path(config.output_dir)
     rows, max_tokens = PRESETS[config.preset]
     rows, max_tokens = config.rows or rows, config.max_tokens or max_tokens
-    _once(path / "data", lambda directory: write_rows(directory, rows, max_tokens, config.seed))
+    kinds = f"{rows} rows of {len(SOURCES)} sources from installed packages"
+    _once(path / "data", kinds, lambda directory: write_rows(directory, rows, max_tokens, config.seed))
     if config.model:
-        _once(path / "model", lambda directory: write_model(directory, config.threads))
+        model = "SmolLM2-135M-Instruct, dequantised to float32 (538 MB, some ten seconds),"
+        _once(path / "model", model, lambda directory: write_model(directory, config.threads))
     return path

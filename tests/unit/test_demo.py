@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,15 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         make(tmp_path, preset="huge")
     with pytest.raises(UserError, match="rows="):
         make(tmp_path, rows=-1)
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_is_made_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    (tmp_path / f".data.{gone.pid}").mkdir()
+    (tmp_path / f".data.{os.getppid()}").mkdir()
+    demo._once(tmp_path / "data", "3 rows", lambda directory: (directory / "x").touch())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".data.{os.getppid()}", "data"]
+    assert capsys.readouterr().err == f"demo: writing 3 rows to {tmp_path / 'data'}\n"
