@@ -93,7 +93,7 @@ def run(overrides: list[str]) -> int:
         executed,
         _expected(plan),
         seconds,
-        tags.get("sentence", tags["verdict"]),
+        tags["sentence"],
         result,
         page,
     )
@@ -333,8 +333,8 @@ def _lineage(result: Path) -> list[Path]:
 
 
 def _verdict(result: Path) -> dict[str, str]:
-    verdict = json.loads((result / "verdict.json").read_text(encoding="utf-8"))
-    return {key: str(verdict[key]) for key in ("verdict", "metric", "sentence") if key in verdict}
+    results = json.loads((result / "results.json").read_text(encoding="utf-8"))
+    return {key: str(results["verdict"][key]) for key in ("verdict", "metric")} | {"sentence": results["sentence"]}
 
 
 def _say(

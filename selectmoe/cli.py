@@ -249,14 +249,16 @@ def dispatch(arguments: list[str]) -> int:
 
         prove_store(config.work_root)
     place = Path(config.output_dir)
+    refusal: Refused | None = None
     try:
         with at_stage(name, log=place / "logs" / f"{name}.log"):
             output = importlib.import_module(f"selectmoe.{name}").run(config)
-    except Refused:
-        _save_overrides(place, config, rest)
-        raise
+    except Refused as error:  # it ran, and what it wrote is complete
+        output, refusal = place, error
     _save_overrides(place, config, rest)
     print(output)
+    if refusal:
+        raise refusal
     return 0
 
 

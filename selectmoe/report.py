@@ -2,8 +2,8 @@
 
     selectmoe report runs=[outputs/quick] output_dir=outputs/report
 
-In: the outputs of a run, found by their manifests. Out: `report.html` (no network, opens in MLflow's artifact viewer),
-`results.json` (every number shown) and `verdict.json`.
+In: the outputs of a run, found by their manifests. Out: `report.html` (no network, at most 5 MiB, opens in MLflow's
+artifact viewer), `summary.md` (the answer in a few lines), `results.json` (every number shown) and `verdict.json`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from pathlib import Path
 from selectmoe import stage
 from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.errors import Refused, UserError
+from selectmoe.manifest import Manifest, read_manifest
 
 STAGE = "report"
-VERSION = 1
+VERSION = 2
 GATES = ("off", "warn", "fail")
+LIMIT = 5 * 2**20
+"""Bytes of the page at most."""
 METRICS = ("held-out answer bits per byte",)
 
 
@@ -37,7 +40,7 @@ class ReportConfig(StageConfig):
     root_dir: str = input_("", doc="one folder that holds all outputs of a run, instead of runs")
     verdict: VerdictConfig = group(VerdictConfig)
     gate: str = execution("warn", doc="unless the verdict is beats_random: off: nothing, warn: say so, fail: exit 3")
-    show_text: bool = identity(True, doc="show the text of some rows")
+    show_text: bool = execution(True, doc="show the text of some rows; false where the page is for other eyes")
 
     def validate(self) -> None:
         """Check the names.
@@ -68,41 +71,60 @@ def run(config: ReportConfig) -> Path:
 
     outputs = report_data.find(config.runs or [config.root_dir])
     with stage.begin(STAGE, VERSION, config, inputs={"runs": [str(path) for path, _ in outputs]}) as out:
-        if not out.done:
-            from selectmoe import report_html
-
-            found = report_data.collect(outputs)
-            judged = report_data.verdict(found, config.verdict.metric)
-            bits = report_data.metrics(found)
-            results = {
-                "verdict": judged.json(),
-                "seeds": report_data.seeds(found),
-                "bits_per_byte": bits,
-                "summary": report_data.summary(bits),
-                "auc": report_data.aucs(found),
-                "composition": report_data.composition(found),
-                "planted_share": report_data.planted_share(found),
-                "clusters": report_data.cluster_sizes(found),
-                "examples": report_data.examples(found),
-                "stages": report_data.stages(found),
-            }
-            _write(out.staging / "verdict.json", judged.json())
-            _write(out.staging / "results.json", results)
-            page = report_html.page(found, judged, results, show_text=config.show_text)
-            (out.staging / "report.html").write_text(page, encoding="utf-8", errors="replace")
-            arm = next(a for a in judged.arms if a.name == "selected")
-            out.metric("verdict/effect", arm.effect)
-            for name, values in bits.items():
-                out.metric(f"bits_per_byte/{name}", sum(values) / len(values))
-            out.commit(bookkeeping=["report.html", "results.json"])
+        if out.done:
+            _same_page(out.path, config)
+        else:
+            _make(out, config, outputs)
     answer = json.loads((out.path / "verdict.json").read_text(encoding="utf-8"))
     if answer["verdict"] != "beats_random" and config.gate != "off":
-        message = f"the selection does not beat random: {answer['sentence']}"
+        sentence = json.loads((out.path / "results.json").read_text(encoding="utf-8"))["sentence"]
+        message = f"the selection does not beat random: {sentence}"
         if config.gate == "fail":
             raise Refused(message)
         print(f"gate: {message}", flush=True)
     return out.path
 
 
+def _same_page(path: Path, config: ReportConfig) -> None:
+    """A finished report may show text, or lack text, that is now wanted otherwise, although its identity is the same."""
+    there = read_manifest(path).config["execution"]["show_text"]
+    if there != config.show_text:
+        raise UserError(
+            f"{path} holds this report made with show_text={str(there).lower()}: remove it, or choose another output_dir"
+        )
+
+
+def _make(out: stage.Output, config: ReportConfig, outputs: list[tuple[Path, Manifest]]) -> None:
+    from selectmoe import report_composition, report_data, report_html, report_markdown
+
+    found = report_data.collect(outputs)
+    judged = report_data.verdict(found, config.verdict.metric)
+    bits = report_data.metrics(found)
+    results = {
+        "verdict": judged.json(),
+        **judged.details(),
+        "seeds": report_data.seeds(found),
+        "bits_per_byte": bits,
+        "summary": report_data.summary(bits),
+        "auc": report_data.aucs(found),
+        "composition": report_composition.composition(found),
+        "planted_share": report_composition.planted_share(found),
+        "examples": report_data.examples(found),
+        "stages": report_data.stages(found),
+    }
+    page = report_html.page(found, judged, results, show_text=config.show_text).encode("utf-8", "replace")
+    if len(page) > LIMIT:
+        raise RuntimeError(f"report.html has {len(page)} bytes, more than {LIMIT}: a table or a plot is not bounded")
+    _write(out.staging / "verdict.json", judged.json())
+    _write(out.staging / "results.json", results)
+    (out.staging / "report.html").write_bytes(page)
+    summary = report_markdown.summary(judged, results)
+    (out.staging / "summary.md").write_text(summary, encoding="utf-8", errors="replace")
+    out.metric("verdict/effect", judged.arms[0].effect)
+    for name, values in bits.items():
+        out.metric(f"bits_per_byte/{name}", sum(values) / len(values))
+    out.commit(bookkeeping=["report.html", "summary.md", "results.json"])
+
+
 def _write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from selectmoe.manifest import Manifest, find_manifests
 from selectmoe.pool import Row, locate, read_pool
 from selectmoe.router_data import RouterData, read_router_data
 from selectmoe.scores import auc, score
-from selectmoe.selection import Selected, read_selected
-from selectmoe.verdict import Verdict, judge, metric_values
+from selectmoe.selection import DRAWN, Selected, read_selected
+from selectmoe.verdict import ALPHA, Verdict, judge, metric_values
 
 Key = tuple[str, str]
 Floats = npt.NDArray[np.float64]
@@ -43,7 +42,9 @@ class Findings:
     planted: dict[Key, str]
     warmed: set[Key]
     selections: dict[str, list[Selected]]
-    """Arm (`ARM` or `ARM-SEED`) -> its rows."""
+    """Folder (`ARM` or `ARM-SEED`) -> its rows."""
+    arms: dict[str, str]
+    """Folder -> arm."""
     clusters: dict[str, list[Any]]
     """Columns of the selected arm's clusters.parquet."""
     values: dict[str, Floats]
@@ -104,12 +105,15 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
     selections: dict[str, list[Selected]] = {}
     chosen: Path | None = None
     identities: dict[str, str] = {}
+    arms: dict[str, str] = {}
     for path, manifest in by_stage(outputs, "select"):
         name = path.name if (path.parent / "arms.json").is_file() else "selected"
         if name in selections and manifest.identity != identities[name]:
             raise UserError(f"runs= hold two different selections for {name}: name the outputs of one run only")
         identities[name] = manifest.identity
         selections[name] = read_selected(path)
+        made = manifest.config["identity"]
+        arms[name] = name.removesuffix(f"-{made['seed']}") if made["method"] in DRAWN else name
         chosen = path if name == "selected" else chosen
     if chosen is None:
         raise UserError("runs= hold no output of `select` for the arm selected")
@@ -122,6 +126,7 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
         planted={(r["dataset"], r["id"]): r["kind"] for r in (_lines(planted) if planted.is_file() else [])},
         warmed={(r["dataset"], r["id"]) for r in _lines(warmup / "warmup_rows.jsonl")},
         selections=selections,
+        arms=arms,
         clusters=_columns(chosen / "clusters.parquet"),
         values=values,
         weights=weights,
@@ -212,20 +217,9 @@ def summary(bits: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         out[arm] = {"mean": float(np.mean(values))}
         if len(values) > 1:
             error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-            half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+            half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * error
             out[arm] |= {"low": out[arm]["mean"] - half, "high": out[arm]["mean"] + half}
     return out
-
-
-def cluster_sizes(found: Findings) -> list[dict[str, Any]]:
-    """Rows and selected rows per cluster, the largest first; cluster null: rows that were not clustered."""
-    sizes: dict[int | None, list[int]] = {}
-    for cluster, rank in zip(found.clusters["cluster"], found.clusters["selected_rank"], strict=True):
-        entry = sizes.setdefault(cluster, [0, 0])
-        entry[0] += 1
-        entry[1] += rank is not None
-    order = sorted(sizes, key=lambda c: (-sizes[c][0], -1 if c is None else c))
-    return [{"cluster": c, "rows": sizes[c][0], "selected": sizes[c][1]} for c in order]
 
 
 def examples(found: Findings) -> dict[str, list[dict[str, Any]]]:
@@ -259,22 +253,6 @@ def aucs(found: Findings) -> dict[str, dict[str, dict[str, float]]]:
                 if len(clean) and len(planted):
                     result.setdefault(part, {}).setdefault(str(kind), {})[name] = float(auc(clean, planted))
     return result
-
-
-def composition(found: Findings) -> dict[str, dict[str, int]]:
-    """Rows by source: of the pool, and of every selection."""
-    table = {"pool": dict(sorted(Counter(d for d, _ in found.rows).items()))}
-    for arm, rows in sorted(found.selections.items()):
-        table[arm] = dict(sorted(Counter(row.row.dataset for row in rows).items()))
-    return table
-
-
-def planted_share(found: Findings) -> dict[str, float]:
-    """Share of planted rows in the pool and in every selection."""
-    total = {"pool": len(found.planted) / max(1, len(found.rows))}
-    for arm, rows in sorted(found.selections.items()):
-        total[arm] = sum(row.row.key in found.planted for row in rows) / max(1, len(rows))
-    return total
 
 
 def stages(found: Findings) -> list[dict[str, Any]]:

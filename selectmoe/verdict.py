@@ -17,7 +17,6 @@ degrees of freedom are Satterthwaite's (1946), and Holm's (1979) correction over
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,9 @@ Array = npt.NDArray[np.float64]
 BEATS = "beats_random"
 NONE = "no_evidence"
 WORSE = "worse_than_random"
+ALPHA = 0.05
+"""Two-sided error of every test and interval. No setting: `verdict.json` calls the interval `ci95`, and the coverage that
+was measured of this method was measured at 95 %."""
 MIN_SEEDS = 3
 POWER = 0.8
 MOST_SEEDS = 200
@@ -77,8 +79,9 @@ class Arm:
     advice: str
 
     def json(self) -> dict[str, Any]:
-        """The arm in `verdict.json`."""
-        return dataclasses.asdict(self) | {"ci95": list(self.ci95)}
+        """The arm in `verdict.json`; control, seeds and advice stand in `results.json` (`Verdict.details`)."""
+        names = ("name", "verdict", "effect", "p", "df", "smallest_visible_effect")
+        return {name: getattr(self, name) for name in names} | {"ci95": list(self.ci95)}
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,41 @@ class Verdict:
     arms: list[Arm]
     seeds: int
     examples: int
-    visible: bool | None
-    """Whether the positive control (oracle) beat random; None: there was none."""
-    sentence: str
+    baseline: str = "random"
+    unit: str = "bits per byte"
+
+    @property
+    def visible(self) -> bool | None:
+        """Whether the positive control beat random: the run could have seen an effect. None: there was no control."""
+        controls = [arm.verdict == BEATS for arm in self.arms if arm.control]
+        return any(controls) if controls else None
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words: the answer, and whether the run was blind."""
+        return f"{self.answer} {self.blindness}".strip()
+
+    @property
+    def answer(self) -> str:
+        """The subject's answer with its numbers."""
+        return _answer(self)
+
+    @property
+    def blindness(self) -> str:
+        """What is to be said where the positive control did not beat random; else nothing."""
+        if self.visible is not False:
+            return ""
+        return f"This run could not have seen an effect: its positive control does not beat {self.baseline} either."
 
     def json(self) -> dict[str, Any]:
         """The content of `verdict.json`."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return out | {"arms": [arm.json() for arm in self.arms]}
+        names = ("verdict", "metric", "seeds", "examples")
+        return {name: getattr(self, name) for name in names} | {"arms": [arm.json() for arm in self.arms]}
+
+    def details(self) -> dict[str, Any]:
+        """What `results.json` says beyond `verdict.json`."""
+        arms = {arm.name: {"control": arm.control, "seeds": arm.seeds, "advice": arm.advice} for arm in self.arms}
+        return {"sentence": self.sentence, "visible": self.visible, "arms": arms}
 
 
 @dataclass(frozen=True)
@@ -200,7 +230,7 @@ def _reach(error: float, df: float, alpha: float) -> float:
     return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(POWER, df)) * error)
 
 
-def advise(effect: float, variances: Variances, seeds: int, examples: int, alpha: float = 0.05) -> str:
+def advise(effect: float, variances: Variances, seeds: int, examples: int, alpha: float = ALPHA) -> str:
     """How many seeds, or else examples, would decide an effect of the size that was seen; in plain words."""
     if effect == 0:
         return "no number of seeds or examples decides an effect of exactly nothing"
@@ -215,12 +245,10 @@ def advise(effect: float, variances: Variances, seeds: int, examples: int, alpha
     return "an effect of this size is too small to be decided by any practicable number of seeds and examples"
 
 
-def compare(
-    name: str, e: _Estimate, *, p: float, family: int, control: bool, seeds: int, examples: int, alpha: float = 0.05
-) -> Arm:
+def compare(name: str, e: _Estimate, *, p: float, family: int, control: bool, seeds: int, examples: int) -> Arm:
     """The arm's answer from its estimate and its (corrected) p value; `family` is the number of arms in Holm's family."""
-    half = float(stats.t.ppf(1 - alpha / 2, e.df)) * e.error
-    verdict = NONE if p >= alpha else BEATS if e.effect > 0 else WORSE
+    half = float(stats.t.ppf(1 - ALPHA / 2, e.df)) * e.error
+    verdict = NONE if p >= ALPHA else BEATS if e.effect > 0 else WORSE
     return Arm(
         name=name,
         verdict=verdict,
@@ -228,17 +256,11 @@ def compare(
         ci95=(e.effect - half, e.effect + half),
         p=p,
         df=e.df,
-        smallest_visible_effect=_reach(e.error, e.df, alpha / family),
+        smallest_visible_effect=_reach(e.error, e.df, ALPHA / family),
         control=control,
         seeds=seeds,
-        advice="" if verdict != NONE else advise(e.effect, e.variances, seeds, examples, alpha / family),
+        advice="" if verdict != NONE else advise(e.effect, e.variances, seeds, examples, ALPHA / family),
     )
-
-
-def could_see(arms: Sequence[Arm]) -> bool | None:
-    """Whether the positive control beat random: the run could have seen an effect. None where there is no control."""
-    controls = [arm.verdict == BEATS for arm in arms if arm.control]
-    return any(controls) if controls else None
 
 
 def judge(
@@ -293,9 +315,7 @@ def judge(
         for n in names
     ]
     seeds = min(len(v) for v in arrays.values())
-    main, visible = arms[0], could_see(arms)
-    text = sentence(main, baseline, unit, seeds, examples, visible)
-    return Verdict(main.verdict, metric, arms, seeds, examples, visible, text)
+    return Verdict(arms[0].verdict, metric, arms, seeds, examples, baseline, unit)
 
 
 def _check(values: Mapping[str, Array], weights: Array, strata: npt.NDArray[Any], needed: tuple[str, ...]) -> None:
@@ -317,20 +337,16 @@ def _check(values: Mapping[str, Array], weights: Array, strata: npt.NDArray[Any]
             raise UserError(f"arm {name} has a value that is not finite")
 
 
-def sentence(arm: Arm, baseline: str, unit: str, seeds: int, examples: int, visible: bool | None) -> str:
-    """The verdict in plain words."""
+def _answer(verdict: Verdict) -> str:
+    arm, baseline = verdict.arms[0], verdict.baseline
     low, high = arm.ci95
     numbers = (
-        f"{abs(arm.effect):.4f} {unit} {'better' if arm.effect >= 0 else 'worse'} (95 % interval of the gain {low:+.4f} to "
-        f"{high:+.4f}, p {arm.p:.2g}, {seeds} seeds, {examples} examples)"
+        f"{abs(arm.effect):.4f} {verdict.unit} {'better' if arm.effect >= 0 else 'worse'} (95 % interval of the gain "
+        f"{low:+.4f} to {high:+.4f}, p {arm.p:.2g}, {verdict.seeds} seeds, {verdict.examples} examples)"
     )
-    reach = f"an effect of {arm.smallest_visible_effect:.4f} is the smallest that this run would have seen"
     if arm.verdict == BEATS:
-        text = f"{arm.name} beats {baseline}: {numbers}."
-    elif arm.verdict == WORSE:
-        text = f"{arm.name} is worse than {baseline}: {numbers}."
-    else:
-        text = f"No evidence that {arm.name} differs from {baseline}: {numbers}; {reach}; {arm.advice}."
-    if visible is False:
-        text += f" This run could not have seen an effect: its positive control does not beat {baseline} either."
-    return text
+        return f"{arm.name} beats {baseline}: {numbers}."
+    if arm.verdict == WORSE:
+        return f"{arm.name} is worse than {baseline}: {numbers}."
+    reach = f"an effect of {arm.smallest_visible_effect:.4f} is the smallest that this run would have seen"
+    return f"No evidence that {arm.name} differs from {baseline}: {numbers}; {reach}; {arm.advice}."

@@ -24,6 +24,7 @@ def report(
     evaluations: dsl.Input[list[dsl.Dataset]],
     result: dsl.Output[dsl.Dataset],
     page: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
     config: str,
     code: str,
     work_root: str,
@@ -41,8 +42,9 @@ def report(
         base: what `evaluate` wrote for the model without an adapter.
         adapters: what `finetune` wrote, per arm and seed.
         evaluations: what `evaluate` wrote, per arm and seed.
-        result: report.html, results.json, verdict.json.
+        result: report.html, summary.md, results.json, verdict.json.
         page: report.html alone, for KFP's viewer.
+        summary: summary.md alone, for KFP's viewer.
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
         work_root: folder or s3:// URI for committed progress.
@@ -55,3 +57,4 @@ def report(
     runs = [_shell.checkpoint(converted)] + [artifact.path for artifact in [*single, *adapters, *evaluations]]
     _shell.run("report", result, config, code, work_root, inputs={"runs": runs})
     shutil.copyfile(f"{result.path}/report.html", page.path)
+    shutil.copyfile(f"{result.path}/summary.md", summary.path)

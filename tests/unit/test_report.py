@@ -1,7 +1,12 @@
-"""`selectmoe.report`: what it finds, what it says, what it refuses (a run made by hand, no model)."""
+"""`selectmoe.report`: what it finds, what it says, what it refuses: pytest tests/unit/test_report.py
+
+The run is made by hand (`make_run`), no model takes part.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from selectmoe import cli
+from selectmoe import report as report_stage
 from selectmoe.config import load
 from selectmoe.errors import Refused, UserError
 from selectmoe.evaluate import HOLDOUT, Result, write_results
@@ -90,6 +97,13 @@ def make_run(root: Path, *, gain: float = 0.1, oracle: float | None = None, seed
     (root / "select").mkdir()
     chosen = [rows[0], rows[1], rows[10], rows[19]]  # the last one is planted
     write_selected(root / "select" / "selected_data.jsonl", [Selected(r, {"answer": 0.9}, 0, 1) for r in chosen])
+    for draw in range(2):  # of arm random
+        folder = root / "baseline" / f"random-{draw}"
+        folder.mkdir(parents=True)
+        write_selected(folder / "selected_data.jsonl", [Selected(r, {}, None, None) for r in rows[draw : draw + 4]])
+        manifest(folder, "select", method="random", seed=draw)
+    (root / "baseline" / "arms.json").write_text("{}")
+    manifest(root / "baseline", "baseline")
     ranks = {r.key: n for n, r in enumerate(chosen, 1)}
     columns: dict[str, list[Any]] = {"dataset": [d for d, _ in KEYS], "id": [i for _, i in KEYS]}
     columns |= {name: [0.5] * len(KEYS) for name in ("score", "distance")} | {"cluster": [0, 1] * 10}
@@ -106,7 +120,7 @@ def make_run(root: Path, *, gain: float = 0.1, oracle: float | None = None, seed
 
 def outputs(root: Path) -> list[str]:
     """The outputs of the run, as the chain names them."""
-    parts = [root / name for name in ("ingest", "warmup", "merge", "select")]
+    parts = [root / name for name in ("ingest", "warmup", "merge", "select", "baseline")]
     return [str(p) for p in [*parts, *sorted((root / "evaluate").iterdir())]]
 
 
@@ -136,16 +150,22 @@ class Page(HTMLParser):
 def test_verdict_json_has_the_keys_of_the_format_and_belongs_to_the_identity(tmp_path: Path) -> None:
     out = report(make_run(tmp_path / "run", oracle=0.2), tmp_path / "report")
     answer = read(out, "verdict.json")
-    assert {"verdict", "metric", "arms", "seeds", "examples", "sentence"} <= set(answer)
+    assert set(answer) == {"verdict", "metric", "arms", "seeds", "examples"}
     assert (answer["verdict"], answer["seeds"], answer["examples"]) == ("beats_random", 3, 40)
     arm = answer["arms"][0]
-    assert {"name", "verdict", "effect", "ci95", "p", "df", "smallest_visible_effect"} <= set(arm)
+    assert set(arm) == {"name", "verdict", "effect", "ci95", "p", "df", "smallest_visible_effect"}
+    results = read(out, "results.json")
+    assert results["verdict"] == answer
+    assert results["sentence"].startswith("selected beats random")
+    assert results["visible"] is True
+    assert results["arms"]["oracle"]["control"]
     assert arm["name"] == "selected"
     assert arm["effect"] == pytest.approx(0.1, abs=0.01)
     files = {f["path"]: f["result"] for f in read_manifest(out).files}
     assert files["verdict.json"]
     assert not files["report.html"]
     assert not files["results.json"]
+    assert not files["summary.md"]
 
 
 def test_page_is_self_contained_escaped_and_small(tmp_path: Path) -> None:
@@ -156,11 +176,17 @@ def test_page_is_self_contained_escaped_and_small(tmp_path: Path) -> None:
     assert not tags & {"script", "link", "iframe", "form", "object"}
     assert "<script" not in text
     assert "&lt;script&gt;" in text
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    assert any(a.get("content") == policy for tag, a in page.tags if tag == "meta")
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style
+    allowed = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    policy = next(str(a["content"]) for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{allowed}'; img-src data:;")
+    assert not any(name in ("href", "style", "onclick") for _, a in page.tags for name in a)
+    order = [tag if tag == "img" else a["class"] for tag, a in page.tags if tag == "img" or "verdict" in str(a)]
+    assert order[:2] == ["verdict beats_random", "img"]
     assert ("html", {"lang": "en"}) in page.tags
     images = [a for tag, a in page.tags if tag == "img"]
-    assert len(images) >= 3
+    assert len(images) == 4
     assert all(a["alt"] and str(a["src"]).startswith("data:image/") for a in images)
     assert all(a.get("scope") in ("col", "row") for tag, a in page.tags if tag == "th")
     assert len(text.encode()) < 5 * 2**20
@@ -175,6 +201,7 @@ def test_it_says_when_the_selection_did_not_beat_random_and_when_nothing_could_b
     assert read(out, "verdict.json")["verdict"] == "no_evidence"
     assert "no evidence that selected differs from random" in text
     assert "this run could not have seen an effect" in text
+    assert "could not have seen an effect" in (out / "summary.md").read_text(encoding="utf-8")
 
 
 def test_without_oracle_it_does_not_say_that_nothing_could_be_seen(tmp_path: Path) -> None:
@@ -192,8 +219,12 @@ def test_auc_leaves_out_the_rows_of_the_warm_up(tmp_path: Path) -> None:
 
 def test_numbers_of_the_selection_and_of_the_arms(tmp_path: Path) -> None:
     results = read(report(make_run(tmp_path / "run"), tmp_path / "report"), "results.json")
-    assert results["planted_share"] == {"pool": 8 / 20, "selected": 1 / 4}
-    assert results["composition"]["selected"] == {"a": 2, "b": 2}
+    assert results["planted_share"] == {"pool": 8 / 20, "selected": 1 / 4, "random": 0}
+    assert results["composition"]["rows"] == {"pool": 20, "selected": 4, "random": 8}
+    assert results["composition"]["sources"] == [
+        {"name": "a", "pool": 10, "arms": {"selected": 2, "random": 8}},
+        {"name": "b", "pool": 10, "arms": {"selected": 2}},
+    ]
     bits = results["bits_per_byte"]
     assert {arm: len(v) for arm, v in bits.items()} == {"selected": 3, "random": 3, "base": 1}
     assert np.mean(bits["random"]) - np.mean(bits["selected"]) == pytest.approx(results["verdict"]["arms"][0]["effect"])
@@ -250,15 +281,34 @@ def test_a_warm_up_that_does_not_say_what_it_saw_is_refused(tmp_path: Path) -> N
         report(root, tmp_path / "report")
 
 
-def test_row_text_can_be_switched_off(tmp_path: Path) -> None:
-    out = report(make_run(tmp_path / "run"), tmp_path / "report", show_text=False)
-    assert "alert(" not in (out / "report.html").read_text(encoding="utf-8")
+def test_row_text_can_be_switched_off_and_that_changes_no_identity(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    without, shown = report(root, tmp_path / "without", show_text=False), report(root, tmp_path / "shown")
+    assert "alert(" in (shown / "report.html").read_text(encoding="utf-8")
+    for path in without.rglob("*"):
+        assert not path.is_file() or b"alert(" not in path.read_bytes(), path
+    assert read_manifest(without).identity == read_manifest(shown).identity
+
+
+def test_a_finished_report_that_shows_text_is_not_passed_off_as_one_without(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    report(root, tmp_path / "report")
+    with pytest.raises(UserError, match=r"made with show_text=true: remove it"):
+        report(root, tmp_path / "report", show_text=False)
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_a_page_over_the_limit_is_an_error_and_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_stage, "LIMIT", 1000)
+    with pytest.raises(RuntimeError, match="more than 1000"):
+        report(make_run(tmp_path / "run"), tmp_path / "report")
+    assert not (tmp_path / "report" / "manifest.json").exists()
 
 
 def test_same_run_gives_the_same_page(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run")
     one, two = (report(root, tmp_path / name) for name in ("one", "two"))
-    for name in ("report.html", "results.json", "verdict.json"):
+    for name in ("report.html", "summary.md", "results.json", "verdict.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert read_manifest(one).identity == read_manifest(two).identity
 
@@ -280,6 +330,32 @@ def test_gate_refuses_only_after_the_report_was_written(tmp_path: Path) -> None:
     assert read(tmp_path / "report", "verdict.json")["verdict"] == "no_evidence"
     assert report(root, tmp_path / "report", gate="warn") == tmp_path / "report"
     assert report(root, tmp_path / "report", gate="off") == tmp_path / "report"
+
+
+@pytest.mark.parametrize(
+    ("gain", "gate", "code"), [(0.0, "off", 0), (0.0, "warn", 0), (0.0, "fail", 3), (-0.1, "fail", 3), (0.1, "fail", 0)]
+)
+def test_gate_decides_the_exit_code_after_everything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gain: float, gate: str, code: int
+) -> None:
+    make_run(tmp_path / "run", gain=gain)
+    out = tmp_path / "report"
+    assert cli.main(["report", f"root_dir={tmp_path / 'run'}", f"output_dir={out}", f"gate={gate}"]) == code
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(out)
+    assert {f["path"] for f in read_manifest(out).files} >= {
+        "report.html",
+        "summary.md",
+        "results.json",
+        "verdict.json",
+    }
+    assert (out / ".hydra" / "overrides.yaml").is_file()
+    assert ("does not beat random" in said.out) == (gate == "warn")
+    assert ("does not beat random" in said.err) == (code == 3)
+
+
+def test_gate_warns_unless_told_otherwise() -> None:
+    assert ReportConfig.gate == "warn"
 
 
 def test_gate_fail_lets_a_better_selection_pass(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_it_ends_with_a_verdict(finished):
     assert verdict["verdict"] in ("beats_random", "no_evidence", "worse_than_random")
     assert {arm["name"] for arm in verdict["arms"]} == {"selected", "oracle"}
     page = (finished / "a" / "report" / "report.html").read_text()
-    assert verdict["sentence"].split(":")[0] in page
+    results = json.loads((finished / "a" / "report" / "results.json").read_text())
+    assert results["sentence"].split(":")[0] in page
     assert "http://" not in page
     assert "<script" not in page
 

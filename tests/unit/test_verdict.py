@@ -89,7 +89,9 @@ def test_three_answers_and_controls_outside_of_the_family():
     assert "selected beats random" in result.sentence
     fields = {"name", "verdict", "effect", "ci95", "p", "df", "smallest_visible_effect"}
     content = json.loads(json.dumps(result.json(), allow_nan=False))
-    assert fields <= set(content["arms"][0])
+    assert set(content) == {"verdict", "metric", "arms", "seeds", "examples"}
+    assert all(set(arm) == fields for arm in content["arms"])
+    assert result.details()["arms"]["oracle"] == {"control": True, "seeds": 5, "advice": ""}
     alone = v.judge({k: values[k] for k in ("random", "selected", "oracle")}, np.ones(n), ["x"] * n, metric="holdout")
     assert alone.arms[0].p < result.arms[0].p
     assert alone.arms[1].p == result.arms[-1].p
@@ -104,6 +106,7 @@ def test_a_blind_run_says_so():
     assert result.verdict == v.NONE
     assert result.visible is False
     assert "could not have seen an effect" in result.sentence
+    assert result.sentence == f"{result.answer} {result.blindness}" == result.details()["sentence"]
     assert "examples" in result.arms[0].advice
     assert result.arms[0].smallest_visible_effect > abs(result.arms[0].effect)
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from components import _shell
+from selectmoe import ingest as ingest_stage
 from selectmoe import manifest as mf
-from selectmoe.errors import UserError
+from selectmoe.errors import Refused, UserError
+from selectmoe.ingest import IngestConfig
 
 
 def rows(path: Path, n: int = 40) -> Path:
@@ -67,6 +69,20 @@ def test_a_users_mistake_ends_a_task_with_its_own_code(
     last = json.loads((tmp_path / "events").read_text().splitlines()[-1])
     assert (last["stage"], last["exit"]) == ("ingest", 2)
     assert "holdot" in last["message"]
+
+
+def test_an_answer_that_is_no_is_handed_on_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: IngestConfig) -> Path:
+        done(config)
+        raise Refused("no")
+
+    done = ingest_stage.run
+    monkeypatch.setattr(ingest_stage, "run", refuse)
+    result = artifact(tmp_path / "kfp")
+    with pytest.raises(SystemExit) as end:
+        ingest(result, rows(tmp_path / "data"), tmp_path / "work")
+    assert end.value.code == 3
+    assert result.metadata["identity"] == mf.read_manifest(result.path).identity
 
 
 def test_a_checkpoint_is_what_its_digest_says(tmp_path: Path) -> None:
