@@ -135,6 +135,8 @@ def heat_maps(shares: Mapping[str, npt.NDArray[np.float64]], sources: Sequence[s
         axes.set_xticks(range(0, len(clusters), step), clusters[::step], fontsize=7, rotation=90)
     for axes in grid.flat[len(shares) :]:
         axes.set_visible(False)
+        if lines > 1:  # the shared labels would have stood below the hidden one
+            grid[-2, -1].tick_params(labelbottom=True)
     figure.supxlabel("cluster", fontsize=9)
     figure.colorbar(colours, ax=grid, format=lambda share, _: f"{share:.1%}", shrink=0.8)
     return _uri(figure)
