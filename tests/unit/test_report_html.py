@@ -32,6 +32,7 @@ class Markup(HTMLParser):
         super().__init__()
         self.markup: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
         self.cells: list[str] = []
+        self.in_cell = False
         self.feed(text)
         self.close()
 
@@ -39,11 +40,16 @@ class Markup(HTMLParser):
         """Collect."""
         self.markup.append((tag, tuple(attrs)))
         if tag == "td":
+            self.in_cell = True
             self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        """What comes after a cell's or a row's end is not the cell's."""
+        self.in_cell = self.in_cell and tag not in ("td", "tr", "table")
 
     def handle_data(self, data: str) -> None:
         """Collect."""
-        if self.cells:
+        if self.in_cell:
             self.cells[-1] += data
 
     def handle_comment(self, data: str) -> None:
