@@ -5,7 +5,7 @@ PRESET ?= quick
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test lint format types compile lock clean
+.PHONY: help setup run down test unit integration docs-test lint format types compile lock licences clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -47,6 +47,9 @@ compile: setup ## write pipelines/select_moe/pipeline.yaml
 
 lock: setup ## resolve requirements.lock anew
 	@scripts/lock.sh
+
+licences: setup ## fail on a package whose licence pyproject.toml does not allow
+	@.venv/bin/pip-licenses --summary
 
 clean: ## remove what tools left behind (not .venv, not .selectmoe)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
