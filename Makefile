@@ -5,7 +5,7 @@ PRESET ?= quick
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test lint format types compile lock licences clean
+.PHONY: help setup run down test unit integration docs-test study-kill lint format types compile lock licences clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -30,6 +30,9 @@ integration: setup ## the compiled pipeline with real MLflow and S3 servers
 
 docs-test: setup ## the commands of README and docs
 	@$(PYTHON) -m pytest tests/docs -q
+
+study-kill: setup ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick)
+	@$(PYTHON) -m bench.study_kill .selectmoe/study-kill preset=$(PRESET)
 
 lint: setup ## ruff: format and rules
 	@.venv/bin/ruff format --check .

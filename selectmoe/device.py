@@ -1,4 +1,4 @@
-"""Which device, how many threads, which dtype: decided in one place for every stage that needs torch.
+"""Which device, how many threads, which dtype, and was it finite: in one place for every stage that needs torch.
 
 No command runs this module.
 """
@@ -6,8 +6,11 @@ No command runs this module.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
+
+from selectmoe.errors import UserError
 
 
 def pick_device() -> torch.device:
@@ -33,3 +36,17 @@ def deterministic(seed: int) -> None:
     """Seed torch and refuse kernels whose result changes from run to run."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def require_finite(parameters: Iterable[torch.Tensor], rate: str) -> None:
+    """Refuse what a training made if its last step went astray; the loss tells of the steps before only.
+
+    Args:
+        parameters: all that were trained.
+        rate: the key and value of the learning rate, for the message.
+
+    Raises:
+        UserError: one of them holds a NaN or an infinity.
+    """
+    if not all(bool(p.isfinite().all()) for p in parameters):
+        raise UserError(f"the training ended in weights that are not finite: lower {rate}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selectmoe.checkpoint import METADATA, resolve
-from selectmoe.device import default_dtype, deterministic, pick_device, set_threads
+from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, set_threads
 from selectmoe.errors import UserError
 from selectmoe.progress import progress
 from selectmoe.template import Encoded
@@ -272,6 +272,7 @@ def train(
         if i + 1 < len(steps) and (late or (i + 1) % epoch == 0):
             trainer.save(out, i + 1, losses)
             saved = time.monotonic()
+    require_finite(trainer.parameters.values(), f"training.learning_rate={t.learning_rate}")
     for i, loss in enumerate(losses):
         out.metric("finetune/loss", loss, step=i + 1)
     write_adapter(model, out.staging, len(steps), losses)

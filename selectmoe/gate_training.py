@@ -20,7 +20,7 @@ from torch import Tensor
 
 from selectmoe import template
 from selectmoe.corruption import corrupt
-from selectmoe.device import default_dtype, deterministic, pick_device, set_threads
+from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, set_threads
 from selectmoe.errors import UserError
 from selectmoe.losses import quality_loss
 from selectmoe.modeling import load_judge
@@ -118,6 +118,7 @@ class GateTraining:
             if time.monotonic() - committed > COMMIT_SECONDS:
                 self._commit(step + 1)
                 committed = time.monotonic()
+        require_finite(self.parameters.values(), f"training.learning_rate={self.config.training.learning_rate}")
 
     def _step(self, step: int) -> dict[str, float]:
         """Gradients of one step, and what it was like."""

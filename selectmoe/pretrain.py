@@ -144,7 +144,7 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    from selectmoe.device import deterministic, set_threads
+    from selectmoe.device import deterministic, require_finite, set_threads
     from selectmoe.progress import progress
 
     set_threads(config.threads)
@@ -195,4 +195,5 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
             out.keep_metrics()
             out.work.put_bytes(STATE, buffer.getvalue())
             committed = time.monotonic()
+    require_finite(model.parameters(), f"learning_rate={config.learning_rate}")
     return model.eval()

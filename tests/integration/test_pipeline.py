@@ -1,4 +1,4 @@
-"""The compiled pipeline through KFP's local runner, with the real S3 and MLflow servers, on a tiny pool.
+"""The compiled pipeline through KFP's local runner, killed and restarted, with real S3 and MLflow servers, on a tiny pool.
 
 pytest tests/integration/test_pipeline.py
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bench.study_kill import Pipeline, same_result
 from components._shell import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,22 +52,32 @@ def pool(path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """Of our own servers, and one thread for each of the two tasks that run side by side."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SELECTMOE_S3_PORT", "SELECTMOE_MLFLOW_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 class Here:
     """A state folder, and commands that run in it."""
 
     def __init__(self, folder: Path) -> None:
         self.state = folder / "state"
         self.data = pool(folder / "pool")
+        self.settings = ("preset=tiny", f"data={self.data}", "shards=2")
+        self.pipeline = Pipeline(self.state, self.settings)
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"SELECTMOE_STATE": str(self.state), "OMP_NUM_THREADS": "1"}
-        for name in ("SELECTMOE_S3_PORT", "SELECTMOE_MLFLOW_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-            environment.pop(name, None)
+        environment = os.environ | {"SELECTMOE_STATE": str(self.state)}
         command = [sys.executable, "-m", "pipelines.local", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
 
     def run(self) -> str:
-        done = self.call("run", "preset=tiny", f"data={self.data}", "shards=2")
+        done = self.call("run", *self.settings)
         assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
@@ -89,12 +100,21 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 
 @pytest.mark.timeout(2400)
-def test_from_rows_to_a_verdict_and_again(here: Here) -> None:
+def test_from_rows_to_a_verdict_and_again(here: Here, tmp_path: Path) -> None:
+    every = {"check", *STAGES} - {"upcycle"}
+    begun: set[str] = set()
+    for stage in ("warmup", "finetune"):
+        here.pipeline.kill_in(stage, after=0.5)
+        begun |= set(here.executed())
     said = here.run()
     assert "verdict: " in said
     assert "make down" in said
-    every = set(here.executed())
-    assert every == {"check", *STAGES} - {"upcycle"}
+    assert "convert" not in here.executed(), "what was finished before the kill is not done again"
+    assert begun | set(here.executed()) == every
+
+    alone = [sys.executable, "-m", "selectmoe", "run", *here.settings, f"output_dir={tmp_path / 'alone'}"]
+    subprocess.run(alone, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    assert same_result(tmp_path / "alone" / "report", here.pipeline.finished()["report"])
     servers = (here.state / "servers.json").read_text()
 
     said = here.run()

@@ -1,0 +1,1 @@
+"""Benchmarks and studies; each module says which `make` target runs it."""
