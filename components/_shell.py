@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from selectmoe import manifest as mf
-from selectmoe import tracking
+from selectmoe import sending
 from selectmoe.config import StageConfig, load
 from selectmoe.errors import Refused, UserError
 from selectmoe.progress import quiet
@@ -59,13 +59,14 @@ def run(
         if work_root.startswith("s3://")
         else Path(work_root, "finished", _name(stage, config, code, inputs, values))
     )
-    try:
-        _call(stage, config, folder, work_root, {**inputs, **(values or {})})
-    except SystemExit as end:  # an answer that is no is an output all the same
-        if end.code == 3 and (folder / mf.NAME).is_file():
-            _hand_on(stage, folder, artifact, work_root)
-        raise
-    _hand_on(stage, folder, artifact, work_root)
+    with sending.sending(work_root):
+        try:
+            _call(stage, config, folder, work_root, {**inputs, **(values or {})})
+        except SystemExit as end:  # an answer that is no is an output all the same
+            if end.code == 3 and (folder / mf.NAME).is_file():
+                _hand_on(stage, folder, artifact, work_root)
+            raise
+        _hand_on(stage, folder, artifact, work_root)
 
 
 def _hand_on(stage: str, output: Path, artifact: Any, work_root: str) -> None:
@@ -74,7 +75,7 @@ def _hand_on(stage: str, output: Path, artifact: Any, work_root: str) -> None:
         link_tree(output, final)
     manifest = mf.read_manifest(final, verify=False)
     artifact.metadata.update(stage=stage, identity=manifest.identity, checksum=manifest.checksum)
-    tracking.submit(final, work_root)
+    sending.submit(final, work_root)
 
 
 def run_checkpoint(
@@ -93,13 +94,14 @@ def run_checkpoint(
         The task's output: the checkpoint as ``{"uri", "digest"}`` (JSON). KFP's artifact holds its manifest only.
     """
     folder = Path(model_root, _name(stage, config, code, inputs, None))
-    output = _call(stage, config, folder, work_root, inputs)
-    final = Path(artifact.path)
-    final.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(output / mf.NAME, final / mf.NAME)
-    manifest = mf.read_manifest(output, verify=False)
-    artifact.metadata.update(stage=stage, identity=manifest.identity, uri=str(output))
-    tracking.submit(output, work_root)
+    with sending.sending(work_root):
+        output = _call(stage, config, folder, work_root, inputs)
+        final = Path(artifact.path)
+        final.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(output / mf.NAME, final / mf.NAME)
+        manifest = mf.read_manifest(output, verify=False)
+        artifact.metadata.update(stage=stage, identity=manifest.identity, uri=str(output))
+        sending.submit(output, work_root)
     return (json.dumps({"uri": str(output), "digest": manifest.identity}, sort_keys=True),)
 
 
@@ -149,7 +151,8 @@ def check(artifact: Any, named: Mapping[str, str], overrides: list[str]) -> tupl
         config = compose([*arguments, *overrides, f"output_dir={artifact.path}"])
         output = stage.run(config)
     plan = stage.Plan(**json.loads((output / "check.json").read_text(encoding="utf-8")))
-    tracking.submit(output, named["work_root"])
+    with sending.sending(named["work_root"]):
+        sending.submit(output, named["work_root"])
     configs = [json.dumps(plan.stages[name], sort_keys=True) for name in STAGES]
     source, target = (_reference(plan, config, name) for name in ("source_model", "target_model"))
     shards = [f"{index}/{plan.shards}" for index in range(plan.shards)]

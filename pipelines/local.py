@@ -63,27 +63,29 @@ def run(overrides: list[str]) -> int:
     plan = check.plan(config)
     arguments["data"] = config.data  # the preset's rows are on disk now
     with _alone(state):
-        from selectmoe import manifest, tracking
+        from selectmoe import manifest, previews, sending, tracking
         from selectmoe.config import values
 
         up = servers.start(state)
         _environment(state, up["mlflow"].url)
         key = manifest.digest([plan.stages, plan.digests, plan.arm_seeds, plan.judge])
         settings = values(config, "identity", "execution", "input")
-        parent = tracking.start_parent(f"{arguments['preset']} {key[:8]}", settings, key)
+        work_root = arguments["work_root"]
+        parent = sending.start_parent(f"{arguments['preset']} {key[:8]}", settings, work_root, key)
         os.environ["SELECTMOE_PARENT_RUN"] = parent
+        os.environ[previews.SHOW_TEXT] = str(config.report.show_text).lower()
         events = state / "events.jsonl"
         events.unlink(missing_ok=True)
         os.environ["SELECTMOE_EVENTS"] = str(events)
-        os.environ[tracking.DEFER] = "1"
-        with _sending(arguments["work_root"]):
+        with sending.sending(work_root):
+            os.environ[sending.DEFER] = "1"  # for the tasks: importing mlflow takes seconds in each
             result = _execute(state, arguments)
-        executed, failure = _read_events(events)
-        tags = {} if result is None else _verdict(result)
-        if result is not None:
-            for output in _lineage(result):
-                tracking.publish(output, parent, arguments["work_root"])
-        page = tracking.finish_parent(parent, failed=result is None, tags=tags)
+            executed, failure = _read_events(events)
+            tags = {} if result is None else _verdict(result)
+            for output in reversed(_lineage(result) if result is not None else []):  # the report last
+                sending.submit(output, work_root)
+            sending.finish_parent(parent, work_root, failed=result is None, tags=tags)
+        page = tracking.address(parent) or f"not complete: selectmoe sync {work_root}"
     if result is None:
         name, code, message = failure or ("the pipeline", 1, "see the lines above")
         print(f"selectmoe: {name} failed: {message} (log: {state / 'run.log'}; run: {page})", file=sys.stderr)
@@ -170,31 +172,6 @@ def _environment(state: Path, mlflow: str) -> None:
         "PYTHONUNBUFFERED": "1",
     }
     os.environ.update(mute)
-
-
-@contextlib.contextmanager
-def _sending(work_root: str) -> Iterator[None]:
-    """Send to MLflow, beside the pipeline, what its tasks note in the journal (importing mlflow takes 5 s a task)."""
-    from selectmoe import tracking
-
-    over = threading.Event()
-
-    def send() -> None:
-        while not over.wait(1.0):
-            with contextlib.suppress(UserError):  # said by `publish`; tried again until the end
-                tracking.sync(work_root)
-
-    thread = threading.Thread(target=send, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        try:
-            tracking.sync(work_root)
-        except UserError as error:
-            print(f"{error}; when it is back: selectmoe sync {work_root}", file=sys.stderr)
 
 
 def _execute(state: Path, arguments: dict[str, Any]) -> Path | None:

@@ -40,6 +40,7 @@ STAGES = {
 }
 TOOLS = {
     "demo": "real rows and a small real model from installed packages, to try Select-MoE with",
+    "clean": "remove what abandoned runs left below a work root",
     "sync": "selectmoe sync WORK_ROOT: send to MLflow what could not be sent before",
 }
 SPECIAL = re.compile(r"[\s()\[\]{},='\"#&;<>!^`]")
@@ -266,9 +267,9 @@ def _sync(rest: list[str]) -> int:
     if len(rest) != 1 or rest[0].startswith("-"):
         print("usage: selectmoe sync WORK_ROOT")
         return 0 if rest in (["--help"], ["-h"]) else 2
-    from selectmoe import tracking
+    from selectmoe import sending
 
-    print(f"{tracking.sync(rest[0])} outputs sent")
+    print(f"{sending.sync(rest[0])} outputs sent")
     return 0
 
 

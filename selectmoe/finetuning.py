@@ -261,6 +261,8 @@ def train(
     trainer = Trainer(model, t.learning_rate)
     losses = trainer.restore(out)
     epoch, saved, started = len(steps) // t.epochs, time.monotonic(), len(losses)
+    for i, loss in enumerate(losses):
+        out.metric("finetune/loss", loss, step=i + 1)
     for i in progress(range(started, len(steps)), f"finetune {config.arm}:{config.seed}", unit="step"):
         torch.manual_seed(config.seed * 1_000_003 + i)  # dropout of this step, whatever came before
         micro = by_length(encoded, steps[i], t.per_device_batch_size)
@@ -268,13 +270,12 @@ def train(
         losses.append(trainer.step(batches, learning_rate(i, len(steps), t.learning_rate, t.warmup_ratio)))
         if not math.isfinite(losses[-1]):
             raise UserError(f"the loss is not finite at step {i + 1}: lower training.learning_rate={t.learning_rate}")
+        out.metric("finetune/loss", losses[-1], step=i + 1)
         late = time.monotonic() - saved > SAVE_SECONDS
         if i + 1 < len(steps) and (late or (i + 1) % epoch == 0):
             trainer.save(out, i + 1, losses)
             saved = time.monotonic()
     require_finite(trainer.parameters.values(), f"training.learning_rate={t.learning_rate}")
-    for i, loss in enumerate(losses):
-        out.metric("finetune/loss", loss, step=i + 1)
     write_adapter(model, out.staging, len(steps), losses)
 
 

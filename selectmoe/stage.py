@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selectmoe import journal
 from selectmoe import manifest as mf
 from selectmoe.config import MISSING, StageConfig, flatten, values
 from selectmoe.errors import UserError
@@ -53,6 +54,24 @@ class Output:
         kept = json.loads(self.work.get(METRICS) or b"[]")
         self._metrics: dict[tuple[str, int | None], dict[str, Any]] = {(m["name"], m.get("step")): m for m in kept}
         self._threads = config.threads
+        self._work_root = config.work_root
+        self._journal: journal.StageJournal | None = None
+
+    def announce(self) -> None:
+        """Say that the stage begins, where there is an MLflow to be told."""
+        tags = {f"{journal.TAG}{name}": str(value) for name, value in self._names().items()}
+        run = {"key": self.key, "stage": self.stage, "params": self.roles["identity"], "tags": tags}
+        self._journal = journal.open_stage(self._work_root, run)
+
+    def _names(self) -> dict[str, object]:
+        inputs = {f"input.{name}": entry["identity"] for name, entry in self.inputs.items()}
+        return {"stage": self.stage, "version": self.version, "work": self.key, **inputs}
+
+    def over(self, failure: BaseException | None = None) -> None:
+        """The stage is done, or failed; said once."""
+        if self._journal is not None:
+            status = "FAILED" if isinstance(failure, Exception) else "KILLED"
+            self._journal.close(f"{type(failure).__name__}: {failure}" if failure else "", status)
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         """Record a number that a person wants to watch; it goes into metrics.jsonl and from there to MLflow.
@@ -61,6 +80,8 @@ class Output:
         """
         entry: dict[str, Any] = {"name": name, "value": float(value), "time": time.time()}
         self._metrics[name, step] = entry if step is None else entry | {"step": step}
+        if self._journal is not None:
+            self._journal.metric(name, float(value), step)
 
     def keep_metrics(self) -> None:
         """Commit the numbers so far, so that a restart has them; called before the state that they lead up to."""
@@ -167,11 +188,15 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
         return
     existed = path.is_dir()
     _prepare(path, out)
+    out.announce()
     try:
         yield out
-    except UserError:
-        _abandon(path, out, existed)
+    except BaseException as error:
+        out.over(error)
+        if isinstance(error, UserError):
+            _abandon(path, out, existed)
         raise
+    out.over()
 
 
 def _same_work(path: Path, out: Output) -> None:

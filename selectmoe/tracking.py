@@ -1,19 +1,17 @@
 """MLflow: one run per pipeline, a nested run per stage. The only module that imports mlflow.
 
-    selectmoe sync WORK_ROOT        # send what MLflow missed
-
-Nothing is sent unless `MLFLOW_TRACKING_URI` is set. MLflow being away never costs work: what could not be sent is
-written to `WORK_ROOT/journal/` and replayed by `sync`. What a person wants to browse (trained weights, adapters,
-router data, selections, the report) is uploaded once; pools and base and converted checkpoints are there by reference.
+No command runs this module: `selectmoe/sending.py` takes what the journal holds and has it delivered. Nothing is
+logged twice: a run is found again by its tags, and the points that it already has are read back before more are sent.
+What a person wants to browse (trained weights, adapters, router data, selections, the report) is uploaded once; pools
+and base and converted checkpoints are there by reference.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,41 +21,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selectmoe import journal
 from selectmoe import manifest as mf
 from selectmoe.config import flatten
 from selectmoe.errors import UserError
-from selectmoe.stage import METRICS
+from selectmoe.journal import TAG
 from selectmoe.storage import open_store
+from selectmoe.uploads import BY_REFERENCE, SHARD, numbers, tags_of, title, uploads
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 EXPERIMENT = "select-moe"
-DEFER = "SELECTMOE_DEFER"
-"""Environment variable: set where tasks leave the sending to the process that started them."""
-TAG = "select_moe."
-SHARD = "route-shard-"
-"""How the stage of an unmerged shard begins; what `merge` makes of the shards is uploaded."""
-UPLOADS = {
-    "ingest": ["rejected.jsonl"],
-    "pretrain": [],
-    "upcycle": [],
-    "convert": [],
-    SHARD: [],
-    "finetune": ["adapter_*", "*.json", "*.jsonl"],
-}
-"""What is uploaded beside the manifest (globs over paths); a stage that is not named uploads everything."""
-BY_REFERENCE = ("pretrain", "upcycle", "convert")
+DATASETS = {"pool": "pool", "router_data": "router data", "rows": "selection", "holdout": "holdout"}
+"""Inputs that MLflow lists as a run's datasets, and what they are."""
+MODELS = {"warmup": "select-moe-router", "finetune": "select-moe-adapter"}
+"""Registered models; of the fine-tunings, only the arm `selected` is registered."""
+BATCH = 500
 PROVE_SECONDS = 20.0
 """How long `prove` tries an MLflow again that does not answer."""
 PARAMETER_LENGTH = 6000
 """What MLflow stores of one parameter at most."""
-
-
-def enabled() -> bool:
-    """Whether there is an MLflow to talk to."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def prove(uri: str, experiment: str = "", *, seconds: float = PROVE_SECONDS) -> None:
@@ -74,7 +59,7 @@ def prove(uri: str, experiment: str = "", *, seconds: float = PROVE_SECONDS) -> 
     deadline = time.monotonic() + seconds
     named = {"MLFLOW_EXPERIMENT_NAME": experiment} if experiment else {}
     impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
-    with _environment({"MLFLOW_TRACKING_URI": uri, **impatient, **named}):
+    with _settings({"MLFLOW_TRACKING_URI": uri, **impatient, **named}):
         from mlflow.exceptions import MlflowException
 
         while True:
@@ -139,7 +124,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def _settings(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for a while; MLflow's clients read them at every request."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -150,125 +135,202 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def start_parent(name: str, params: Mapping[str, Any], key: str = "") -> str:
-    """The parent run of a pipeline: a new one, or the one that has the same key (the same work, started again).
+def address(parent: str) -> str:
+    """The address of a parent run in MLflow's user interface; empty where MLflow does not know it (yet)."""
+    from mlflow.exceptions import MlflowException
 
-    Args:
-        name: shown in MLflow.
-        params: the configuration of the run, nested or flat.
-        key: digest of what is to be done; empty: always a new run.
-
-    Returns:
-        The run's id.
-    """
-    client, experiment = _client()
-    found = _search(client, experiment, {"key": key}) if key else []
-    if found:
-        run_id: str = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return run_id
-    run = client.create_run(experiment, run_name=name, tags={f"{TAG}key": key} | _revision())
-    _parameters(client, run, params)
-    return str(run.info.run_id)
-
-
-def finish_parent(run_id: str, *, failed: bool = False, tags: Mapping[str, str] | None = None) -> str:
-    """Close a parent run.
-
-    Args:
-        run_id: what `start_parent` returned.
-        failed: whether the pipeline failed.
-        tags: what is to be seen at a glance, the verdict above all.
-
-    Returns:
-        The address of the run in MLflow's user interface.
-    """
-    client, experiment = _client()
-    for key, value in (tags or {}).items():
-        client.set_tag(run_id, TAG + key, value)
-    client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
-    return address(run_id, experiment)
-
-
-def address(run_id: str, experiment: str = "") -> str:
-    """The address of a run in MLflow's user interface."""
-    experiment = experiment or _client()[1]
-    return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
-
-
-def submit(output_dir: Path | str, work_root: str) -> None:
-    """Send a finished stage's output, or only note it in the journal where another process sends (`SELECTMOE_DEFER`).
-
-    Args:
-        output_dir: a finished output.
-        work_root: its journal takes what is not sent.
-    """
-    if os.environ.get(DEFER):
-        _note(work_root, Path(output_dir), os.environ.get("SELECTMOE_PARENT_RUN", ""))
-    else:
-        publish(output_dir, journal=work_root)
-
-
-def publish(output_dir: Path | str, parent_run_id: str | None = None, journal: str = "") -> str | None:
-    """Send a finished stage's output to MLflow as a nested run; the same identity below the same parent only once.
-
-    Args:
-        output_dir: a finished output.
-        parent_run_id: default `SELECTMOE_PARENT_RUN`; a run that KFP opened (`MLFLOW_RUN_ID`) is adopted instead.
-        journal: work root in whose journal an output that could not be sent is noted.
-
-    Returns:
-        The run's id; None where there is no MLflow, or it could not be reached (said on stderr, and in the journal).
-    """
-    if not enabled():
-        return None
-    from mlflow.exceptions import (
-        MlflowException,
-    )  # network errors of its client are OSErrors
-
-    parent = parent_run_id or os.environ.get("SELECTMOE_PARENT_RUN", "")
     try:
-        return _publish(Path(output_dir), parent)
-    except (MlflowException, OSError) as error:
-        first = (str(error).splitlines() or [""])[0][:300]
-        print(
-            f"MLflow could not be told about {output_dir} ({first}); the result itself is safe",
-            file=sys.stderr,
-        )
-        if journal:
-            _note(journal, Path(output_dir), parent)
-            print(f"when MLflow is back: selectmoe sync {journal}", file=sys.stderr)
-        return None
+        client, experiment = _client()
+        found = _search(client, experiment, {"key": parent.removeprefix("key:")})
+    except (MlflowException, OSError):  # it is away: the caller says where the journal is
+        return ""
+    uri = os.environ["MLFLOW_TRACKING_URI"].rstrip("/")
+    return f"{uri}/#/experiments/{experiment}/runs/{found[0].info.run_id}" if found else ""
 
 
-def _note(work_root: str, output: Path, parent: str) -> None:
-    entry = {"output_dir": str(output.resolve()), "parent": parent}
-    open_store(f"{work_root}/journal").put_bytes(f"{mf.digest(entry)[:24]}.json", mf.canonical_json(entry))
+class Delivery:
+    """Takes the files of a journal to MLflow; remembers how far it is, and which points a run already has."""
 
+    def __init__(self, work_root: str, writer: str = "") -> None:
+        self.work_root = work_root
+        self.writer = writer
+        self.offsets: dict[str, int] = {}
+        self.heads: dict[str, dict[str, Any]] = {}
+        self.runs: dict[str, str] = {}
+        self.points: dict[str, set[tuple[str, int]]] = {}
 
-def sync(work_root: str) -> int:
-    """Send everything that a work root's journal holds.
+    def send(self) -> tuple[int, str]:
+        """Send what there is, and take away what was sent.
 
-    Returns:
-        How many outputs were sent.
+        Returns:
+            The number of outputs sent, and why something could not be sent (empty: everything was).
+        """
+        outputs, failure = 0, ""
+        with _alone(self.work_root):
+            for name in journal.names(self.work_root, self.writer):
+                records, end = journal.read(self.work_root, name, self.offsets.get(name, 0))
+                try:
+                    if records:
+                        outputs += self._file(records, name)
+                except Exception as error:  # MLflow's, requests' and the artifact stores' own kinds
+                    self.runs.clear()  # what MLflow has of the batch is unknown: read back before the next attempt
+                    self.points.clear()
+                    failure = _first_line(error)
+                    if _away(error):
+                        break
+                    continue
+                self.offsets[name] = end
+                if journal.remove(self.work_root, name, end):
+                    self.offsets.pop(name)
+                    self.heads.pop(name, None)
+        return outputs, failure
 
-    Raises:
-        UserError: no MLflow is named, or one of the outputs could still not be sent.
-    """
-    if not enabled():
-        raise UserError("MLFLOW_TRACKING_URI is not set: set it to the address of the MLflow server")
-    store = open_store(f"{work_root}/journal")
-    sent = 0
-    for name in store.names():
-        entry = json.loads(store.get(name) or b"{}")
-        if not (Path(entry["output_dir"]) / mf.NAME).is_file():
-            print(f"{entry['output_dir']} is gone: its entry is dropped", file=sys.stderr)
-        elif publish(entry["output_dir"], entry["parent"]) is None:
-            raise UserError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} did not take {entry['output_dir']}")
+    def _file(self, records: list[dict[str, Any]], name: str) -> int:
+        if records[0]["do"] in ("metric", "stage_end"):  # the rest of a file that grows: its head says whose it is
+            records = [self.heads[name], *records]
+        self.heads[name] = records[0]
+        client, experiment = _client()
+        first = records[0]
+        if first["do"] == "parent":
+            self._parent(client, experiment, first)
+        elif first["do"] == "parent_end":
+            run_id = self._reference(client, experiment, first["parent"])
+            for key, value in first["tags"].items():
+                client.set_tag(run_id, TAG + key, value)
+            client.set_terminated(run_id, status=first["status"])
+        elif first["do"] == "output":
+            return self._output(client, experiment, first)
         else:
-            sent += 1
-        store.delete(name)
-    return sent
+            self._stage(client, experiment, records)
+        return 0
+
+    def _parent(self, client: MlflowClient, experiment: str, record: Mapping[str, Any]) -> None:
+        found = _search(client, experiment, {"key": record["key"]})
+        tags = {f"{TAG}key": record["key"]} | record["tags"]
+        run = found[0] if found else client.create_run(experiment, record["ms"], tags, record["name"])
+        client.update_run(run.info.run_id, status="RUNNING", name=record["name"])
+        _parameters(client, run, record["params"])
+
+    def _reference(self, client: MlflowClient, experiment: str, parent: str) -> str:
+        """The id of the run that a reference names; made where a key has none yet."""
+        if not parent.startswith("key:"):
+            return parent
+        if parent not in self.runs:
+            key = parent.removeprefix("key:")
+            found = _search(client, experiment, {"key": key})
+            run = found[0] if found else client.create_run(experiment, tags={f"{TAG}key": key}, run_name=key)
+            self.runs[parent] = str(run.info.run_id)
+        return self.runs[parent]
+
+    def _run(self, client: MlflowClient, experiment: str, record: Mapping[str, Any], name: str) -> Run:
+        """The run of a stage's work: KFP's, the one that it had before, or a new one."""
+        if record["adopt"]:
+            return client.get_run(record["adopt"])
+        parent = self._reference(client, experiment, record["parent"])
+        for found in _search(client, experiment, {"work": record["tags"][f"{TAG}work"]}):
+            if found.data.tags.get("mlflow.parentRunId", "") == parent:
+                return found
+        below = {"mlflow.parentRunId": parent} if parent else {}
+        return client.create_run(experiment, record.get("ms"), record["tags"] | below, name)
+
+    def _stage(self, client: MlflowClient, experiment: str, records: list[dict[str, Any]]) -> None:
+        head = records[0]
+        key = f"{head['parent']} {head['adopt']} {head['key']}"
+        if key not in self.runs:
+            run = self._run(client, experiment, head, title(head["stage"], head["params"]))
+            _tag(client, run, head["tags"])
+            _parameters(client, run, head["params"])
+            if run.info.status not in ("RUNNING", "FINISHED"):
+                client.update_run(run.info.run_id, status="RUNNING")
+            self.runs[key] = str(run.info.run_id)
+        run_id = self.runs[key]
+        self._metrics(client, run_id, [r for r in records if r["do"] == "metric"])
+        for end in (r for r in records if r["do"] == "stage_end"):
+            client.set_tag(run_id, f"{TAG}failure", end["message"])
+            client.set_terminated(run_id, end["status"], end["ms"])
+            self.runs.pop(key, None)  # should the work begin again, the run is opened again
+
+    def _metrics(self, client: MlflowClient, run_id: str, records: list[dict[str, Any]]) -> None:
+        """Send the points that a run does not have, in batches; a point is a name and a step."""
+        from mlflow.entities import Metric
+
+        if run_id not in self.points:
+            names = client.get_run(run_id).data.metrics
+            self.points[run_id] = {(n, m.step) for n in names for m in client.get_metric_history(run_id, n)}
+        has = self.points[run_id]
+        fresh: dict[tuple[str, int], Metric] = {}
+        for r in records:
+            name = re.sub(r"[^\w./ :-]", "_", r["name"])
+            if (name, r["step"]) not in has:
+                fresh.setdefault((name, r["step"]), Metric(name, r["value"], r["ms"], r["step"]))
+        points = list(fresh.items())
+        for at in range(0, len(points), BATCH):
+            client.log_batch(run_id, metrics=[metric for _, metric in points[at : at + BATCH]])
+            has |= {point for point, _ in points[at : at + BATCH]}
+
+    def _output(self, client: MlflowClient, experiment: str, record: dict[str, Any]) -> int:
+        """A finished output: everything about it that MLflow does not have."""
+        with _files(self.work_root, record) as output:
+            if output is None:
+                print(f"{record['output_dir']} is gone: its entry is dropped", file=sys.stderr)
+                return 0
+            manifest = mf.read_manifest(output, verify=False)
+            record["tags"] = tags_of(record["output_dir"], manifest) | record["tags"]
+            run = self._run(client, experiment, record, title(manifest.stage, manifest.config["identity"]))
+            if run.info.status == "FINISHED" and f"{TAG}sent" in run.data.tags:
+                return 1
+            run_id = str(run.info.run_id)
+            _tag(client, run, record["tags"])
+            _parameters(client, run, manifest.config["identity"])
+            self._metrics(client, run_id, numbers(output, manifest))
+            _inputs(client, run, manifest)
+            same = _search(client, experiment, {"stage": manifest.stage, "identity": manifest.identity, "sent": "all"})
+            holder = same[0] if same else run
+            if holder is run:
+                _upload(client, run_id, output, manifest)
+            else:
+                client.set_tag(run_id, f"{TAG}artifacts_in", holder.info.run_id)
+            _register(client, holder, output, manifest)
+            client.set_tag(run_id, f"{TAG}sent", "all" if holder is run else "by reference")
+            if not record["adopt"]:
+                client.set_terminated(run_id)
+        return 1
+
+
+@contextmanager
+def _alone(work_root: str) -> Iterator[None]:
+    """One sender at a time per folder; on an object store every sender takes only its own process's files."""
+    if "://" in work_root:
+        yield
+        return
+    Path(work_root).mkdir(parents=True, exist_ok=True)
+    with open(Path(work_root, "journal.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _away(error: Exception) -> bool:
+    """Whether other files would fare no better: it does not answer, answers 5xx, or refuses us."""
+    ask = getattr(error, "get_http_status_code", None)
+    status = ask() if ask else getattr(getattr(error, "response", None), "status_code", 0)
+    return not status or status >= 500 or status in (401, 403, 408, 429)
+
+
+@contextmanager
+def _files(work_root: str, record: Mapping[str, Any]) -> Iterator[Path | None]:
+    """The folder of an output: where it was made, or what was kept of it; None where it is gone."""
+    here = Path(record["output_dir"])
+    if (here / mf.NAME).is_file():
+        yield here
+    elif "kept" not in record:
+        yield None
+    else:
+        store = open_store(f"{journal.place(work_root)}/{record['kept']}")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in store.names():
+                store.fetch(name, Path(folder, name))
+            yield Path(folder)
+        store.clear()
 
 
 def _client() -> tuple[MlflowClient, str]:
@@ -276,7 +338,8 @@ def _client() -> tuple[MlflowClient, str]:
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     }
     for name, value in {
         **defaults,
@@ -308,68 +371,12 @@ def _search(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> l
     return list(client.search_runs([experiment], " and ".join(clauses), max_results=100))
 
 
-def _publish(output: Path, parent: str) -> str:
-    manifest = mf.read_manifest(output, verify=False)
-    client, experiment = _client()
-    same = _search(client, experiment, {"stage": manifest.stage, "identity": manifest.identity})
-    adopted = os.environ.get("MLFLOW_RUN_ID", "")
-    run = client.get_run(adopted) if adopted else None
-    for other in same:
-        if run is None and other.data.tags.get("mlflow.parentRunId", "") == parent:
-            run = other
-    if run is not None and run.info.run_id in {r.info.run_id for r in same if r.info.status == "FINISHED"}:
-        return str(run.info.run_id)
-    if run is None:
-        tags = {"mlflow.parentRunId": parent} if parent else {}
-        run = client.create_run(experiment, run_name=_title(manifest), tags=tags)
-    run_id = str(run.info.run_id)
-    for key, value in (_tags(output, manifest) | _revision()).items():
-        client.set_tag(run_id, key, value)
-    _parameters(client, run, manifest.config["identity"])
-    _metrics(client, run_id, output, manifest)
-    holder = [r for r in same if r.info.status == "FINISHED" and f"{TAG}artifacts_in" not in r.data.tags]
-    if holder:
-        client.set_tag(run_id, f"{TAG}artifacts_in", holder[0].info.run_id)
-    else:
-        _upload(client, run_id, output, manifest)
-    if not adopted:
-        client.set_terminated(run_id)
-    return run_id
+def _tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
 
-
-def _title(manifest: mf.Manifest) -> str:
-    config = manifest.config["identity"]
-    return f"{manifest.stage} {config['arm']}:{config['seed']}" if "arm" in config else manifest.stage
-
-
-def _tags(output: Path, manifest: mf.Manifest) -> dict[str, str]:
-    tags = {f"{TAG}{key}": str(getattr(manifest, key)) for key in ("stage", "version", "identity", "checksum")}
-    tags |= {f"{TAG}input.{name}": entry["identity"] for name, entry in manifest.inputs.items()}
-    if manifest.stage in BY_REFERENCE:
-        tags[f"{TAG}checkpoint"] = json.dumps({"uri": str(output), "digest": manifest.identity}, sort_keys=True)
-    return tags
-
-
-def _revision() -> dict[str, str]:
-    """The commit that this program was checked out from, where it was."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return {}
-    command = [
-        "git",
-        "-C",
-        str(here),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except OSError:  # no git on this machine
-        return {}
-    return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
+    fresh = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+    if fresh:
+        client.log_batch(run.info.run_id, tags=fresh)
 
 
 def _parameters(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> None:
@@ -381,50 +388,75 @@ def _parameters(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> No
         client.log_batch(run.info.run_id, params=fresh[at : at + 100])
 
 
-def _metrics(client: MlflowClient, run_id: str, output: Path, manifest: mf.Manifest) -> None:
-    from mlflow.entities import Metric
+def _inputs(client: MlflowClient, run: Run, manifest: mf.Manifest) -> None:
+    """List pool, router data, selection and holdout as the run's datasets: digest and source."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    created = 0
-    metrics = []
-    if (output / METRICS).is_file():
-        for line in (output / METRICS).read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            created = int(entry["time"] * 1000)
-            name = re.sub(r"[^\w./ :-]", "_", entry["name"])
-            metrics.append(Metric(name, entry["value"], created, entry.get("step", 0)))
-    summary = {
-        "seconds": manifest.environment["seconds"],
-        "peak_rss_bytes": manifest.environment["peak_rss_bytes"],
-    }
-    summary |= {"rows_in": manifest.rows["in"], "rows_out": manifest.rows["out"]}
-    metrics += [Metric(f"stage/{name}", float(value), created, 0) for name, value in summary.items()]
-    for at in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[at : at + 1000])
+    has = {entry.dataset.name for entry in run.inputs.dataset_inputs}
+    found = []
+    for name, kind in DATASETS.items():
+        if (entry := manifest.inputs.get(name)) and kind not in has:
+            source = json.dumps({"uri": entry["uri"], "identity": entry["identity"]}, sort_keys=True)
+            dataset = Dataset(kind, entry["identity"][:36], "local" if "://" not in entry["uri"] else "s3", source)
+            found.append(DatasetInput(dataset, [InputTag("mlflow.data.context", name)]))
+    if found:
+        client.log_inputs(run.info.run_id, found)
+
+
+def _register(client: MlflowClient, holder: Run, output: Path, manifest: mf.Manifest) -> None:
+    """A version of a registered model for trained weights; after a verdict *beats random*, the champions."""
+    from mlflow.exceptions import MlflowException
+
+    if manifest.stage == "report":
+        _champions(client, output)
+    name = MODELS.get(manifest.stage, "")
+    if (
+        not name
+        or manifest.config["identity"].get("arm", "selected") != "selected"
+        or _version(client, name, manifest.identity)
+    ):
+        return
+    with suppress(MlflowException):  # it exists; what else is wrong is said by the next call
+        client.create_registered_model(name)
+    tags = {"identity": manifest.identity, "seed": str(manifest.config["identity"].get("seed", ""))}
+    made = client.create_model_version(name, holder.info.artifact_uri, holder.info.run_id, tags, await_creation_for=0)
+    client.set_registered_model_alias(name, "candidate", made.version)
+
+
+def _version(client: MlflowClient, name: str, identity: str) -> str:
+    found = client.search_model_versions(f"name = '{name}' and tags.identity = '{identity}'")
+    return str(found[0].version) if found else ""
+
+
+def _champions(client: MlflowClient, report: Path) -> None:
+    """Give the versions that a report with the verdict *beats random* rests on the alias; of the seeds, the first."""
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    if results["verdict"]["verdict"] != "beats_random":
+        return
+    for stage, name in MODELS.items():
+        rests_on = [s for s in results["stages"] if s["stage"] == stage and s["arm"] in ("", "selected")]
+        for entry in sorted(rests_on, key=lambda s: str(s["seed"])):
+            if version := _version(client, name, entry["identity"]):
+                client.set_registered_model_alias(name, "champion", version)
+                break
 
 
 def _upload(client: MlflowClient, run_id: str, output: Path, manifest: mf.Manifest) -> None:
+    from selectmoe.previews import previews
+
     present = set(_listed(client, run_id, ""))
-    for path in _uploads(output, manifest):
+    for path in uploads(output, manifest):
         name = path.relative_to(output).as_posix()
         if name not in present:
             folder = path.relative_to(output).parent.as_posix()
             client.log_artifact(run_id, str(path), None if folder == "." else folder)
-
-
-def _uploads(output: Path, manifest: mf.Manifest) -> list[Path]:
-    kind = SHARD if manifest.stage.startswith(SHARD) else manifest.stage
-    globs = UPLOADS.get(kind, ["*"])
-    files = [p for p in sorted(output.rglob("*")) if p.is_file() and not mf.RESERVED & set(p.relative_to(output).parts)]
-    checkpoints = "checkpoint-*"
-    return [
-        path
-        for path in files
-        if path.relative_to(output).as_posix() == mf.NAME
-        or (
-            not fnmatch.fnmatch(path.relative_to(output).parts[0], checkpoints)
-            and any(fnmatch.fnmatch(path.relative_to(output).as_posix(), glob) for glob in globs)
-        )
-    ]
+    if manifest.stage in BY_REFERENCE or manifest.stage.startswith(SHARD):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in previews(output, Path(folder)):
+            name = f"previews/{path.relative_to(folder).as_posix()}"
+            if name not in present:
+                client.log_artifact(run_id, str(path), os.path.dirname(name))
 
 
 def _listed(client: MlflowClient, run_id: str, folder: str) -> Iterator[str]:

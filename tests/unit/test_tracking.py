@@ -1,4 +1,4 @@
-"""selectmoe/tracking.py against MLflow's own SQLite store: `pytest tests/unit/test_tracking.py`."""
+"""selectmoe/tracking.py and sending.py against MLflow's own SQLite store: `pytest tests/unit/test_tracking.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from selectmoe import stage, tracking
+from selectmoe import journal, sending, stage, tracking
 from selectmoe.config import StageConfig, identity
 from selectmoe.errors import UserError
 
@@ -32,18 +32,45 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Server:
+    """An MLflow store, and a work root whose journal is sent to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = str(folder / "work")
+        self.client, self.experiment = tracking._client()
+
+    def run(self, **tags: str) -> Any:
+        (found,) = tracking._search(self.client, self.experiment, tags)
+        return found
+
+    def send(self, output: Path, parent: str = "") -> Any:
+        """Submit an output and send the journal; the run of the output."""
+        sending.submit(output, self.root, parent)
+        assert sending.sync(self.root) >= 1
+        assert journal.names(self.root) == []
+        key = stage.mf.read_manifest(output).key
+        runs = tracking._search(self.client, self.experiment, {"work": key})
+        return runs[0]
+
+    def artifacts(self, run: Any) -> set[str]:
+        return set(tracking._listed(self.client, run.info.run_id, ""))
+
+    def points(self, run: Any, name: str) -> list[tuple[int, float]]:
+        return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, name)]
+
+
 @pytest.fixture
-def mlflow(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def mlflow(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     shutil.copyfile(database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "SELECTMOE_PARENT_RUN"):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "SELECTMOE_PARENT_RUN", "KFP_RUN_ID", sending.DEFER):
         monkeypatch.delenv(name, raising=False)
-    return tracking._client()
+    return Server(tmp_path)
 
 
-def output(path: Path, name: str, seed: int = 1, files: dict[str, str] | None = None) -> Path:
-    config = ToyConfig(output_dir=str(path), seed=seed)
+def output(path: Path, name: str, files: dict[str, str] | None = None, work_root: str = "", **fields: Any) -> Path:
+    config = ToyConfig(output_dir=str(path), work_root=work_root, **fields)
     with stage.begin(name, 1, config) as out:
         for file, text in (files or {"result.jsonl": "{}\n"}).items():
             (out.staging / file).parent.mkdir(parents=True, exist_ok=True)
@@ -54,106 +81,201 @@ def output(path: Path, name: str, seed: int = 1, files: dict[str, str] | None = 
     return path
 
 
-def artifacts(client: Any, run_id: str) -> set[str]:
-    return set(tracking._listed(client, run_id, ""))
-
-
-def test_a_stage_becomes_a_nested_run(mlflow: Any, tmp_path: Path) -> None:
-    client, _ = mlflow
-    parent = tracking.start_parent("quick", {"preset": "quick", "nested": {"n": 3}})
-    run_id = tracking.publish(output(tmp_path / "a", "select"), parent)
-    run = client.get_run(run_id)
-    assert run.data.tags["mlflow.parentRunId"] == parent
+def test_a_stage_becomes_a_nested_run(mlflow: Server, tmp_path: Path) -> None:
+    parent = sending.start_parent("quick", {"preset": "quick", "nested": {"n": 3}}, mlflow.root, key="k")
+    run = mlflow.send(output(tmp_path / "a", "select"), parent)
+    whole = mlflow.run(key="k")
+    assert run.data.tags["mlflow.parentRunId"] == whole.info.run_id
     assert run.data.tags["select_moe.stage"] == "select"
     assert len(run.data.tags["select_moe.identity"]) == 64
-    assert run.info.run_name == "select random:1"
+    assert run.info.run_name == "select random:42"
+    assert run.info.status == "FINISHED"
     assert run.data.params["arm"] == "random"
     assert run.data.metrics["stage/rows_out"] == 2
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 2.0), (2, 1.0)]
-    assert artifacts(client, run_id) == {"manifest.json", "metrics.jsonl", "result.jsonl"}
-    assert client.get_run(parent).data.params == {"preset": "quick", "nested.n": "3"}
-    assert parent in tracking.finish_parent(parent, tags={"verdict": "no_evidence"})
-    assert client.get_run(parent).data.tags["select_moe.verdict"] == "no_evidence"
+    assert mlflow.points(run, "loss") == [(1, 2.0), (2, 1.0)]
+    assert mlflow.artifacts(run) == {"manifest.json", "metrics.jsonl", "result.jsonl"}
+    assert whole.data.params == {"preset": "quick", "nested.n": "3"}
+    assert whole.info.status == "RUNNING"
+    assert whole.info.run_id in tracking.address(parent)
+    sending.finish_parent(parent, mlflow.root, tags={"verdict": "no_evidence"})
+    sending.sync(mlflow.root)
+    assert mlflow.run(key="k").data.tags["select_moe.verdict"] == "no_evidence"
+    assert mlflow.run(key="k").info.status == "FINISHED"
 
 
-def test_the_same_output_is_sent_once(mlflow: Any, tmp_path: Path) -> None:
-    client, _ = mlflow
-    parent = tracking.start_parent("quick", {}, key="k")
-    assert tracking.start_parent("quick", {}, key="k") == parent
-    first = tracking.publish(output(tmp_path / "a", "select"), parent)
-    assert tracking.publish(output(tmp_path / "b", "select"), parent) == first
-    assert tracking.publish(output(tmp_path / "c", "select", seed=2), parent) != first
-    other = tracking.publish(tmp_path / "a", tracking.start_parent("quick", {}))
-    assert other != first
-    assert client.get_run(other).data.tags["select_moe.artifacts_in"] == first
-    assert artifacts(client, other) == set()
+def test_the_same_output_is_sent_once(mlflow: Server, tmp_path: Path) -> None:
+    parent = sending.start_parent("quick", {}, mlflow.root, key="k")
+    first = mlflow.send(output(tmp_path / "a", "select"), parent)
+    assert mlflow.send(output(tmp_path / "b", "select"), parent).info.run_id == first.info.run_id
+    assert mlflow.send(output(tmp_path / "c", "select", seed=2), parent).info.run_id != first.info.run_id
+    mlflow.send(tmp_path / "a", sending.start_parent("quick", {}, mlflow.root))
+    runs = tracking._search(mlflow.client, mlflow.experiment, {"identity": first.data.tags["select_moe.identity"]})
+    assert len(runs) == 2
+    (other,) = (run for run in runs if run.info.run_id != first.info.run_id)
+    assert other.data.tags["select_moe.artifacts_in"] == first.info.run_id
+    assert mlflow.artifacts(other) == set()
 
 
-def test_checkpoints_go_by_reference(mlflow: Any, tmp_path: Path) -> None:
-    client, _ = mlflow
+def test_a_stage_is_seen_while_it_runs_and_goes_on_in_its_run(mlflow: Server, tmp_path: Path) -> None:
+    def numbers(out: stage.Output, first: int, last: int) -> None:
+        for step in range(first, last):
+            out.metric("loss", 1.0 / (step + 1), step=step)
+
+    config = ToyConfig(output_dir=str(tmp_path / "a"), work_root=mlflow.root)
+    with pytest.raises(RuntimeError, match="power"), stage.begin("warmup", 1, config) as out:
+        numbers(out, 0, 20)
+        sending.sync(mlflow.root)
+        run = mlflow.run(stage="warmup")
+        assert run.info.status == "RUNNING"
+        assert len(mlflow.points(run, "loss")) == 20
+        assert journal.names(mlflow.root), "its writer lives"
+        numbers(out, 20, 30)
+        raise RuntimeError("power")
+    sending.sync(mlflow.root)
+    failed = mlflow.run(stage="warmup")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["select_moe.failure"] == "RuntimeError: power"
+    assert any(name.startswith("system/cpu") for name in failed.data.metrics)
+    with stage.begin("warmup", 1, config) as out:
+        numbers(out, 10, 40)
+        out.commit()
+    again = mlflow.send(tmp_path / "a")
+    assert again.info.run_id == run.info.run_id
+    assert again.info.status == "FINISHED"
+    assert [step for step, _ in mlflow.points(again, "loss")] == list(range(40))
+
+
+def test_checkpoints_go_by_reference(mlflow: Server, tmp_path: Path) -> None:
     path = output(tmp_path / "a", "convert", files={"model.safetensors": "x"})
-    run_id = tracking.publish(path)
-    assert artifacts(client, str(run_id)) == {"manifest.json"}
-    assert json.loads(client.get_run(run_id).data.tags["select_moe.checkpoint"])["uri"] == str(path)
+    run = mlflow.send(path)
+    assert mlflow.artifacts(run) == {"manifest.json"}
+    assert json.loads(run.data.tags["select_moe.checkpoint"])["uri"] == str(path)
 
 
-def test_router_data_is_uploaded_merged_and_not_by_shard(mlflow: Any, tmp_path: Path) -> None:
-    client, _ = mlflow
-    shard = tracking.publish(output(tmp_path / "a", "route-shard-0-of-2"))
-    merged = tracking.publish(output(tmp_path / "b", "route"))
-    assert artifacts(client, str(shard)) == {"manifest.json"}
-    assert "result.jsonl" in artifacts(client, str(merged))
+def test_router_data_is_uploaded_merged_and_not_by_shard(mlflow: Server, tmp_path: Path) -> None:
+    shard = mlflow.send(output(tmp_path / "a", "route-shard-0-of-2"))
+    merged = mlflow.send(output(tmp_path / "b", "route"))
+    assert mlflow.artifacts(shard) == {"manifest.json"}
+    assert "result.jsonl" in mlflow.artifacts(merged)
 
 
-def test_adapters_without_the_trainers_checkpoints(mlflow: Any, tmp_path: Path) -> None:
-    client, _ = mlflow
+def test_adapters_without_the_trainers_checkpoints(mlflow: Server, tmp_path: Path) -> None:
     files = {"adapter_model.safetensors": "x", "adapter_config.json": "{}", "checkpoint-4/optimizer.pt": "x"}
-    run_id = tracking.publish(output(tmp_path / "a", "finetune", files=files))
+    run = mlflow.send(output(tmp_path / "a", "finetune", files=files))
     wanted = {"manifest.json", "metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"}
-    assert artifacts(client, str(run_id)) == wanted
+    assert mlflow.artifacts(run) == wanted
 
 
-def test_a_run_that_kfp_opened_is_adopted(mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, experiment = mlflow
-    opened = client.create_run(experiment).info.run_id
+def test_a_run_that_kfp_opened_is_adopted(mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = mlflow.client.create_run(mlflow.experiment).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", opened)
-    assert tracking.publish(output(tmp_path / "a", "select")) == opened
-    assert client.get_run(opened).info.status == "RUNNING"
+    monkeypatch.setenv("SELECTMOE_IMAGE", "moe@sha256:1")
+    monkeypatch.setenv("KFP_RUN_ID", "r-1")
+    journal.context.cache_clear()
+    run = mlflow.send(output(tmp_path / "a", "select", work_root=mlflow.root))
+    assert run.info.run_id == opened
+    assert run.info.status == "RUNNING", "KFP closes it"
+    assert run.data.tags["select_moe.image"] == "moe@sha256:1"
+    assert run.data.tags["select_moe.kfp_run_id"] == "r-1"
+    assert len(mlflow.client.search_runs([mlflow.experiment])) == 1
+    journal.context.cache_clear()
 
 
-def test_without_mlflow_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_are_named_with_digest_and_source(mlflow: Server, tmp_path: Path) -> None:
+    pool = output(tmp_path / "pool", "ingest")
+    config = ToyConfig(output_dir=str(tmp_path / "a"))
+    with stage.begin("warmup", 1, config, inputs={"pool": str(pool)}) as out:
+        out.commit()
+    (entry,) = mlflow.send(tmp_path / "a").inputs.dataset_inputs
+    identity_of_pool = stage.mf.read_manifest(pool).identity
+    assert (entry.dataset.name, entry.dataset.digest) == ("pool", identity_of_pool[:36])
+    assert json.loads(entry.dataset.source) == {"uri": str(pool), "identity": identity_of_pool}
+
+
+def test_weights_are_registered_once_and_a_verdict_makes_a_champion(mlflow: Server, tmp_path: Path) -> None:
+    first = mlflow.send(output(tmp_path / "a", "warmup", arm="selected"))
+    mlflow.send(output(tmp_path / "b", "finetune", arm="random"))
+    adapter = mlflow.send(output(tmp_path / "c", "finetune", arm="selected"))
+    mlflow.send(tmp_path / "a", sending.start_parent("again", {}, mlflow.root))
+    version = mlflow.client.get_model_version_by_alias("select-moe-router", "candidate")
+    assert (str(version.version), version.run_id) == ("1", first.info.run_id)
+    assert version.source == first.info.artifact_uri
+    second = mlflow.send(output(tmp_path / "d", "warmup", arm="selected", seed=7))
+    assert mlflow.client.get_model_version_by_alias("select-moe-router", "candidate").run_id == second.info.run_id
+
+    def report(name: str, verdict: str) -> None:
+        runs = [("warmup", "", first), ("finetune", "selected", adapter)]
+        stages = [
+            {"stage": s, "arm": arm, "seed": 42, "identity": run.data.tags["select_moe.identity"]}
+            for s, arm, run in runs
+        ]
+        results = json.dumps({"verdict": {"verdict": verdict}, "stages": stages})
+        mlflow.send(output(tmp_path / name, "report", files={"results.json": results}, arm=verdict))
+
+    report("e", "no_evidence")
+    assert "champion" not in mlflow.client.get_registered_model("select-moe-router").aliases
+    report("f", "beats_random")
+    router = mlflow.client.get_model_version_by_alias("select-moe-router", "champion")
+    assert router.run_id == first.info.run_id
+    assert mlflow.client.get_model_version_by_alias("select-moe-adapter", "champion").run_id == adapter.info.run_id
+
+
+def test_parquet_is_previewed(mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from selectmoe.pool import Row, write_pool
+
+    for shown in ("true", "false"):
+        monkeypatch.setenv("SELECTMOE_SHOW_TEXT", shown)
+        config = ToyConfig(output_dir=str(tmp_path / shown), seed=len(shown))
+        with stage.begin("ingest", 1, config) as out:
+            rows = [Row("a", f"id-{i:03d}", [{"role": "user", "content": f"tell me {i}"}]) for i in range(300)]
+            write_pool(out.staging / "pool", rows)
+            out.commit()
+        run = mlflow.send(tmp_path / shown)
+        assert "previews/pool/a.csv" in mlflow.artifacts(run)
+        file = mlflow.client.download_artifacts(run.info.run_id, "previews/pool/a.csv", str(tmp_path))
+        lines = Path(file).read_text().splitlines()
+        assert len(lines) == 201
+        assert ("tell me 3" in lines[4]) == (shown == "true")
+
+
+def test_without_mlflow_nothing_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking.publish(output(tmp_path / "a", "select")) is None
+    path = output(tmp_path / "a", "select", work_root=str(tmp_path / "work"))
+    with sending.sending(str(tmp_path / "work")) as sender:
+        sending.submit(path, str(tmp_path / "work"))
+    assert sender is None
+    assert journal.names(str(tmp_path / "work")) == []
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
-        tracking.sync(str(tmp_path))
+        sending.sync(str(tmp_path))
 
 
 def test_a_task_may_leave_the_sending_to_another_process(
-    mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, experiment = mlflow
-    path, root = output(tmp_path / "a", "select"), str(tmp_path / "work")
-    parent = tracking.start_parent("quick", {})
+    parent = sending.start_parent("quick", {}, mlflow.root, key="k")
     with monkeypatch.context() as task:
-        task.setenv(tracking.DEFER, "1")
+        task.setenv(sending.DEFER, "1")
         task.setenv("SELECTMOE_PARENT_RUN", parent)
-        tracking.submit(path, root)
-    assert len(tracking._search(client, experiment, {"stage": "select"})) == 0
-    assert tracking.sync(root) == 1
-    (run,) = tracking._search(client, experiment, {"stage": "select"})
-    assert run.data.tags["mlflow.parentRunId"] == parent
+        with sending.sending(mlflow.root) as sender:
+            sending.submit(output(tmp_path / "a", "select"), mlflow.root)
+        assert sender is None
+    assert tracking._search(mlflow.client, mlflow.experiment, {"stage": "select"}) == []
+    assert sending.sync(mlflow.root) == 1
+    assert mlflow.run(stage="select").data.tags["mlflow.parentRunId"] == mlflow.run(key="k").info.run_id
 
 
 def test_mlflow_away_costs_no_work(
-    mlflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, root = output(tmp_path / "a", "select"), str(tmp_path / "work")
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        assert tracking.publish(path, "", journal=root) is None
-        assert f"selectmoe sync {root}" in capsys.readouterr().err
+        away.setenv(sending.PATIENCE, "0")
+        with sending.sending(mlflow.root):
+            sending.submit(output(tmp_path / "a", "select", work_root=mlflow.root), mlflow.root)
+        assert f"selectmoe sync {mlflow.root}" in capsys.readouterr().err
         with pytest.raises(UserError, match="did not take"):
-            tracking.sync(root)
-    assert tracking.sync(root) == 1
-    assert tracking.sync(root) == 0
+            sending.sync(mlflow.root)
+    assert sending.sync(mlflow.root) == 1
+    assert sending.sync(mlflow.root) == 0
+    assert mlflow.points(mlflow.run(stage="select"), "loss") == [(1, 2.0), (2, 1.0)]
