@@ -5,12 +5,12 @@ pytest tests/integration/test_tracking_faults.py
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow_server import MlflowServer, Proxy
@@ -23,14 +23,14 @@ import sys, time
 from pathlib import Path
 from selectmoe import sending, stage
 from selectmoe.config import StageConfig
-folder, root, pause, crash = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+folder, root, pause, first = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 with sending.sending(root):
     with stage.begin("warmup", 1, StageConfig(output_dir=folder, work_root=root)) as out:
-        for step in range(crash and 10, STEPS):
+        for step in range(first, STEPS):
             out.metric("loss", 1 / (step + 1), step=step)
             print(step, flush=True)
             time.sleep(pause)
-        (out.staging / "weights.safetensors").write_bytes(b"w" * 1000)
+        (out.staging / "weights.safetensors").write_text(folder)  # another identity in every test
         out.commit()
     sending.submit(folder, root)
 """.replace("STEPS", str(STEPS))
@@ -45,115 +45,126 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 class Task:
-    """A stage in a process of its own, as a task of a cluster: it sends by itself."""
+    """A stage in a process of its own, as a task of a cluster: it sends by itself. Its experiment has its folder's name."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.root = str(folder / "work")
-        self.environment = monkeypatch
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        monkeypatch.setenv(sending.PATIENCE, "1")
+        self.monkeypatch = monkeypatch
+        self.process: subprocess.Popen[str]
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "SELECTMOE_PARENT_RUN", "KFP_RUN_ID", sending.DEFER):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", folder.name)
+        monkeypatch.setenv(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5"
+        )  # of `complete`: a server that was stopped comes round
 
-    def start(self, uri: str, pause: float = 0.05, again: bool = False) -> subprocess.Popen[str]:
-        self.environment.setenv("MLFLOW_TRACKING_URI", uri)
-        command = [sys.executable, "-c", TASK, str(self.folder / "out"), self.root, str(pause), str(int(again))]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(self, uri: str, pause: float = 0.05, first: int = 0, patience: int = 1) -> None:
+        environment = {
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_EXPERIMENT_NAME": self.folder.name,
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "2",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            sending.PATIENCE: str(patience),
+        }
+        command = [sys.executable, "-c", TASK, str(self.folder / "out"), self.root, str(pause), str(first)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        )
 
-    def complete(self, uri: str) -> Any:
+    def reaches(self, step: int) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if int(line) >= step:
+                return
+        raise AssertionError(self.process.communicate()[1])
+
+    def ends_well(self) -> str:
+        _, error = self.process.communicate(timeout=100)
+        assert self.process.returncode == 0, error
+        return error
+
+    def kept(self) -> list[str]:
+        return journal.names(self.root)
+
+    def complete(self, uri: str) -> None:
         """Send what is left; then everything is there once."""
-        self.environment.setenv("MLFLOW_TRACKING_URI", uri)
+        self.monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        self.monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", self.folder.name)
         sending.sync(self.root)
-        assert journal.names(self.root) == []
+        assert self.kept() == []
         client, experiment = tracking._client()
         (run,) = client.search_runs([experiment])
         assert run.info.status == "FINISHED"
         assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(STEPS))
         assert "weights.safetensors" in set(tracking._listed(client, run.info.run_id, ""))
-        versions = client.search_model_versions(f"run_id = '{run.info.run_id}'")
-        assert len(versions) == 1
-        return run
+        (version,) = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        assert version.name == "select-moe-router"
 
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    return Task(tmp_path, monkeypatch)
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Task]:
+    def make(name: str) -> Task:
+        return Task(tmp_path / name, monkeypatch)
+
+    return make
 
 
-def ends_well(process: subprocess.Popen[str]) -> str:
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 0, error
-    return error
-
-
-def at_step(process: subprocess.Popen[str], step: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= step:
-            return
-
-
-def test_killed_at_the_start_and_back_after_the_end(server: MlflowServer, task: Task) -> None:
+def test_killed_at_the_start_in_the_middle_and_at_the_end(server: MlflowServer, task: Callable[[str], Task]) -> None:
+    """One death of the server, three tasks that it meets at different moments."""
+    start, middle, end = task("start"), task("middle"), task("end")
+    middle.start(server.url, 0.5, patience=100)
+    end.start(server.url, 0.1)
+    end.reaches(STEPS - 1)
     server.kill()
-    said = ends_well(task.start(server.url))
+    start.start(server.url)
+    assert "selectmoe sync" in start.ends_well()
+    assert "selectmoe sync" in end.ends_well()
+    assert start.kept()
+    assert end.kept()
     server.start()
-    assert f"selectmoe sync {task.root}" in said
-    task.complete(server.url)
+    middle.ends_well()
+    assert middle.kept() == [], "the task itself sent everything"
+    for each in (start, middle, end):
+        each.complete(server.url)
 
 
-def test_killed_in_the_middle_and_back_before_the_end(server: MlflowServer, task: Task) -> None:
-    task.environment.setenv(sending.PATIENCE, "100")
-    process = task.start(server.url, 0.2)
-    at_step(process, 20)
-    server.kill()
-    at_step(process, 30)
-    server.start()
-    ends_well(process)
-    assert journal.names(task.root) == [], "the task itself sent everything"
-    task.complete(server.url)
-
-
-def test_killed_at_the_end(server: MlflowServer, task: Task) -> None:
-    process = task.start(server.url, 0.2)
-    at_step(process, STEPS - 1)
-    server.kill()
-    ends_well(process)
-    server.start()
-    task.complete(server.url)
-
-
-def test_stopped_it_is_slow_and_no_step_waits(server: MlflowServer, task: Task) -> None:
-    process = task.start(server.url, 0.1)
-    at_step(process, 20)
+def test_stopped_it_is_slow_and_no_step_waits(server: MlflowServer, task: Callable[[str], Task]) -> None:
+    stopped = task("stopped")
+    stopped.start(server.url, 0.1)
+    stopped.reaches(20)
     server.signal(signal.SIGSTOP)
     try:
-        ends_well(process)
+        stopped.ends_well()
     finally:
         server.signal(signal.SIGCONT)
-    task.complete(server.url)
+    stopped.complete(server.url)
 
 
-@pytest.mark.parametrize("status", [500, 401])
-def test_errors_and_refusals_to_the_end(server: MlflowServer, task: Task, status: int) -> None:
-    proxy = Proxy(server.port)
+def test_errors_and_refusals_to_the_end(server: MlflowServer, task: Callable[[str], Task]) -> None:
+    proxies = {status: Proxy(server.port) for status in (500, 401)}
+    tasks = {status: task(str(status)) for status in proxies}
     try:
-        process = task.start(proxy.url, 0.1)
-        at_step(process, 20)
-        proxy.status = status
-        ends_well(process)
-        assert proxy.refused > 0
+        for status, proxy in proxies.items():
+            tasks[status].start(proxy.url, 0.1)
+        for status, proxy in proxies.items():
+            tasks[status].reaches(20)
+            proxy.status = status
+        for status, proxy in proxies.items():
+            tasks[status].ends_well()
+            assert proxy.refused > 0
     finally:
-        proxy.close()
-    task.complete(server.url)
+        for proxy in proxies.values():
+            proxy.close()
+    for each in tasks.values():
+        each.complete(server.url)
 
 
-def test_a_killed_task_goes_on_in_its_run(server: MlflowServer, task: Task) -> None:
-    process = task.start(server.url, 0.1)
-    at_step(process, 40)
-    process.kill()
-    process.wait()
-    ends_well(task.start(server.url, 0.01, again=True))
-    task.complete(server.url)
+def test_a_killed_task_goes_on_in_its_run(server: MlflowServer, task: Callable[[str], Task]) -> None:
+    killed = task("killed")
+    killed.start(server.url, 0.1)
+    killed.reaches(40)
+    killed.process.kill()
+    killed.process.wait()
+    killed.start(server.url, 0.01, first=10)
+    killed.ends_well()
+    killed.complete(server.url)
