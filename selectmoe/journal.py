@@ -6,7 +6,7 @@ it keeps locked while it lives: an unlocked file is complete. On S3 nothing can 
 with the new lines is put. Each file begins with what its lines are about, so that any of them can be sent alone.
 
 Records, by `do`: `parent` and `parent_end` (the run of a whole pipeline), `stage` (a stage began), `metric`,
-`stage_end` (it failed) and `output` (it finished). Writing a line costs some 10 microseconds and waits for nobody.
+`stage_end` (how it ended) and `output` (what it made). Writing a line costs some 10 microseconds and waits for nobody.
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ class StageJournal:
                 self.file.write(line)
                 self.file.flush()
 
-    def close(self, failure: str = "", status: str = "FAILED") -> None:
-        """The stage is over: with an output, which is noted by itself, or with a failure."""
+    def close(self, status: str, message: str = "", tags: Mapping[str, str] | None = None) -> None:
+        """The stage is over: finished (its output is noted by itself), failed, or killed."""
         if self.over.is_set():
             return
         self.over.set()
         self.thread.join()
         self.sample()
-        if failure:
-            self._write(_line({"do": "stage_end", "status": status, "message": failure[:500], "ms": now()}))
+        end = {"do": "stage_end", "status": status, "message": message[:500], "tags": dict(tags or {}), "ms": now()}
+        self._write(_line(end))
         if self.file is not None:
             self.file.close()
         elif self.lines:

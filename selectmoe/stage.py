@@ -59,19 +59,25 @@ class Output:
 
     def announce(self) -> None:
         """Say that the stage begins, where there is an MLflow to be told."""
-        tags = {f"{journal.TAG}{name}": str(value) for name, value in self._names().items()}
-        run = {"key": self.key, "stage": self.stage, "params": self.roles["identity"], "tags": tags}
+        run = {"key": self.key, "stage": self.stage, "params": self.roles["identity"], "tags": self._tags()}
         self._journal = journal.open_stage(self._work_root, run)
 
-    def _names(self) -> dict[str, object]:
+    def _tags(self) -> dict[str, str]:
         inputs = {f"input.{name}": entry["identity"] for name, entry in self.inputs.items()}
-        return {"stage": self.stage, "version": self.version, "work": self.key, **inputs}
+        named = {"stage": self.stage, "version": self.version, "work": self.key, **inputs}
+        return {f"{journal.TAG}{name}": str(value) for name, value in named.items()}
 
     def over(self, failure: BaseException | None = None) -> None:
         """The stage is done, or failed; said once."""
-        if self._journal is not None:
+        if self._journal is None:
+            return
+        if failure is None:  # `merge` only now knows whose output it wrote
+            ids = {name: entry["identity"] for name, entry in self.inputs.items()}
+            self.key = mf.work_key(self.stage, self.version, self.roles["identity"], ids)
+            self._journal.close("FINISHED", tags=self._tags())
+        else:
             status = "FAILED" if isinstance(failure, Exception) else "KILLED"
-            self._journal.close(f"{type(failure).__name__}: {failure}" if failure else "", status)
+            self._journal.close(status, f"{type(failure).__name__}: {failure}")
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         """Record a number that a person wants to watch; it goes into metrics.jsonl and from there to MLflow.

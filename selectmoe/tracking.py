@@ -246,8 +246,10 @@ class Delivery:
         run_id = self.runs[key]
         self._metrics(client, run_id, [r for r in records if r["do"] == "metric"])
         for end in (r for r in records if r["do"] == "stage_end"):
-            client.set_tag(run_id, f"{TAG}failure", end["message"])
-            client.set_terminated(run_id, end["status"], end["ms"])
+            for tag, value in {**end["tags"], f"{TAG}failure": end["message"]}.items():
+                client.set_tag(run_id, tag, value)
+            if not head["adopt"]:  # KFP closes its own
+                client.set_terminated(run_id, end["status"], end["ms"])
             self.runs.pop(key, None)  # should the work begin again, the run is opened again
 
     def _metrics(self, client: MlflowClient, run_id: str, records: list[dict[str, Any]]) -> None:

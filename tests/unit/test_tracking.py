@@ -145,6 +145,18 @@ def test_a_stage_is_seen_while_it_runs_and_goes_on_in_its_run(mlflow: Server, tm
     assert [step for step, _ in mlflow.points(again, "loss")] == list(range(40))
 
 
+def test_a_stage_that_finishes_anothers_work_is_one_run(mlflow: Server, tmp_path: Path) -> None:
+    config = ToyConfig(output_dir=str(tmp_path / "a"), work_root=mlflow.root)
+    with stage.begin("merge", 1, config) as out:
+        sending.sync(mlflow.root)
+        out.stage = "route"
+        out.commit()
+    run = mlflow.send(tmp_path / "a")
+    assert [r.info.run_id for r in mlflow.client.search_runs([mlflow.experiment])] == [run.info.run_id]
+    assert run.data.tags["select_moe.stage"] == "route"
+    assert run.info.status == "FINISHED"
+
+
 def test_checkpoints_go_by_reference(mlflow: Server, tmp_path: Path) -> None:
     path = output(tmp_path / "a", "convert", files={"model.safetensors": "x"})
     run = mlflow.send(path)
