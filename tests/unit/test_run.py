@@ -13,7 +13,7 @@ from selectmoe.manifest import find_manifests, read_manifest
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
-    words = ["preset=tiny", f"demo_dir={root / 'demo'}", f"output_dir={root / 'a'}"]
+    words = ["preset=tiny", f"demo_dir={root / 'demo'}", f"output_dir={root / 'a'}", "threads=2"]
     chain.run(chain.compose(words))
     return root
 
