@@ -20,7 +20,7 @@ from pathlib import Path
 
 from selectmoe import journal
 from selectmoe import manifest as mf
-from selectmoe.config import StageConfig, execution, input_
+from selectmoe.config import execution, input_
 from selectmoe.errors import UserError
 from selectmoe.storage import S3Store, open_store
 
@@ -29,10 +29,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass
-class CleanConfig(StageConfig):
-    """Configuration of `clean`."""
+class CleanConfig:
+    """Configuration of `clean`. Not a stage's: it writes nothing and has neither seed nor threads."""
 
-    output_dir: str = execution("", doc="not used: clean writes nothing")
     work_root: str = input_(doc="the folder or s3:// URI to clean")
     older_than: str = execution("7d", doc="younger work is never touched: a number with s, m, h or d")
     finished: bool = execution(False, doc="finished outputs, too; what needs them is computed again")
@@ -46,8 +45,6 @@ class CleanConfig(StageConfig):
         """
         if not re.fullmatch(r"\d+[smhd]", self.older_than):
             raise UserError(f"older_than={self.older_than} must be a number with s, m, h or d, such as 7d")
-        if self.output_dir:
-            raise UserError("output_dir=: clean writes nothing; leave it out")
         if "://" not in self.work_root and not Path(self.work_root).is_dir():
             raise UserError(f"work_root={self.work_root} is not a folder")
 
@@ -62,11 +59,8 @@ class Work:
     finished: bool
 
 
-def run(config: CleanConfig) -> Path:
+def run(config: CleanConfig) -> None:
     """Say what is abandoned, and remove it if told so.
-
-    Returns:
-        The work root.
 
     Raises:
         UserError: as `CleanConfig.validate`.
@@ -88,7 +82,6 @@ def run(config: CleanConfig) -> Path:
     total = sum(work.bytes for work in old) / 1e6
     verb = "removed" if config.yes else "would be removed (say yes=true)"
     print(f"{len(old)} works of {total:.1f} MB {verb}")
-    return Path(config.work_root)
 
 
 def _local(root: Path) -> Iterator[Work]:

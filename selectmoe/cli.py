@@ -249,6 +249,9 @@ def dispatch(arguments: list[str]) -> int:
         from selectmoe.storage import prove_store
 
         prove_store(config.work_root)
+    if name == "clean":  # no stage: it writes no output
+        importlib.import_module("selectmoe.clean").run(config)
+        return 0
     place = Path(config.output_dir)
     refusal: Refused | None = None
     try:

@@ -17,14 +17,14 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from selectmoe.errors import UserError
 
 MISSING: Any = "???"
 """What a required key holds until somebody gives it (OmegaConf's own mark)."""
 
-C = TypeVar("C", bound="StageConfig")
+C = TypeVar("C", bound="Config")
 
 
 def _field(role: str, default: Any, doc: str) -> Any:
@@ -52,6 +52,15 @@ def input_(default: Any = MISSING, *, doc: str) -> Any:
 def group(cls: type, *, doc: str = "") -> Any:
     """A nested dataclass of fields."""
     return field(default_factory=cls, metadata={"role": "group", "doc": doc or (cls.__doc__ or "")})
+
+
+class Config(Protocol):
+    """A dataclass of such fields: a stage's, or a tool's."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def validate(self) -> None:
+        """Check the values that no type can check."""
 
 
 @dataclass
@@ -165,7 +174,7 @@ def load(cls: type[C], mapping: Mapping[str, Any] | str, **paths: Any) -> C:
     return config
 
 
-def require(config: StageConfig) -> None:
+def require(config: Config) -> None:
     """Raise `UserError` when a required key of the configuration has not been given."""
     flat = flatten(values(config, "identity", "execution", "input"))
     docs = {leaf.name: leaf.doc for leaf in leaves(type(config))}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selectmoe import clean
+from selectmoe.cli import main
 from selectmoe.config import load
 from selectmoe.errors import UserError
 
@@ -55,3 +56,11 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         run(tmp_path, older_than="week")
     with pytest.raises(UserError, match="not a folder"):
         run(tmp_path / "nothing")
+
+
+def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work(tmp_path / "root", "warmup/a", 8)
+    monkeypatch.chdir(tmp_path)
+    assert main(["clean", "work_root=root", "yes=true"]) == 0
+    assert [p.name for p in tmp_path.rglob("*")] == ["root", "warmup"]
+    assert main(["clean", "work_root=root", "seed=1"]) == 2
