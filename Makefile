@@ -5,7 +5,7 @@ PRESET ?= quick
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test study-kill lint format types compile lock licences clean
+.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock licences clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -33,6 +33,9 @@ docs-test: setup ## the commands of README and docs
 
 study-kill: setup ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick)
 	@$(PYTHON) -m bench.study_kill .selectmoe/study-kill preset=$(PRESET)
+
+browser-test: setup ## a run's pages in MLflow, seen with Chromium (apt-get install chromium chromium-driver)
+	@$(PYTHON) -m pytest tests/browser -q -n 0
 
 lint: setup ## ruff: format and rules
 	@.venv/bin/ruff format --check .

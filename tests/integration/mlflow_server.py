@@ -52,8 +52,14 @@ class MlflowServer:
                 cwd=self.folder,
                 start_new_session=True,
             )
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when it answers."""
+        assert self.process is not None
         deadline = time.monotonic() + 120
-        while wait and not self.answers():
+        while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"MLflow does not come up: {(self.folder / 'mlflow.log').read_text()[-3000:]}")
             time.sleep(0.1)
