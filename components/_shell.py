@@ -10,6 +10,7 @@ between the stage's last byte and KFP's own record of it. With an `s3://` work r
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,19 +18,30 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selectmoe import manifest as mf
-from selectmoe import sending
+from selectmoe import runlog, sending
 from selectmoe.config import StageConfig, load
 from selectmoe.errors import Refused, UserError
 from selectmoe.progress import quiet
+from selectmoe.stage import METRICS
 
 EVENTS = "SELECTMOE_EVENTS"
 """Environment variable: a file to which every executed task adds a line of JSON (a cached task executes nothing)."""
 
 Paths = Mapping[str, str | list[str]]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a task that uses an accelerator was given: resource name, how many (0: none), memory as a quantity."""
+
+    accelerator: str
+    count: int
+    memory: str
 
 
 def run(
@@ -41,41 +53,33 @@ def run(
     *,
     inputs: Paths,
     values: Mapping[str, Any] | None = None,
+    hardware: Hardware | None = None,
+    unchanged: Mapping[str, str] | None = None,
 ) -> None:
     """Run a stage and make its output the content of a KFP artifact.
 
     Args:
         stage: name of the stage.
-        artifact: KFP's output artifact; gets the files and, as metadata, identity and checksum.
+        artifact: KFP's output artifact; gets the files and, as metadata, what `describe` says.
         config: resolved configuration (JSON) without paths.
         code: digest of our code.
         work_root: where committed progress lies.
         inputs: dotted configuration name -> path or paths.
         values: further dotted configuration names, what differs from task to task.
+        hardware: what the task was given, where it uses an accelerator.
+        unchanged: path -> digest of what `check` saw there; anything else is a mistake of the user's.
     """
     final = Path(artifact.path)
-    folder = (
-        final
-        if work_root.startswith("s3://")
-        else Path(work_root, "finished", _name(stage, config, code, inputs, values))
-    )
-    with sending.sending(work_root):
+    with task(stage, work_root, hardware):
+        for path, digest in (unchanged or {}).items():
+            if mf.tree_identity(path) != digest:
+                raise UserError(f"{path} has changed since `check` read it: start the run again")
         try:
-            _call(stage, config, folder, work_root, {**inputs, **(values or {})})
-        except SystemExit as end:  # an answer that is no is an output all the same
-            if end.code == 3 and (folder / mf.NAME).is_file():
-                _hand_on(stage, folder, artifact, work_root)
-            raise
-        _hand_on(stage, folder, artifact, work_root)
-
-
-def _hand_on(stage: str, output: Path, artifact: Any, work_root: str) -> None:
-    final = Path(artifact.path)
-    if output != final:
-        link_tree(output, final)
-    manifest = mf.read_manifest(final, verify=False)
-    artifact.metadata.update(stage=stage, identity=manifest.identity, checksum=manifest.checksum)
-    sending.submit(final, work_root)
+            _to_artifact(stage, final, config, code, work_root, inputs, values)
+        finally:  # an answer that is no is an output all the same
+            if (final / mf.NAME).is_file():
+                artifact.metadata.update(describe(final))
+                sending.submit(final, work_root)
 
 
 def run_checkpoint(
@@ -87,6 +91,7 @@ def run_checkpoint(
     model_root: str,
     *,
     inputs: Paths,
+    hardware: Hardware | None = None,
 ) -> tuple[str]:
     """Run a stage that makes a large checkpoint, which stays under `model_root`.
 
@@ -94,15 +99,80 @@ def run_checkpoint(
         The task's output: the checkpoint as ``{"uri", "digest"}`` (JSON). KFP's artifact holds its manifest only.
     """
     folder = Path(model_root, _name(stage, config, code, inputs, None))
-    with sending.sending(work_root):
+    final = Path(artifact.path)
+    with task(stage, work_root, hardware):
         output = _call(stage, config, folder, work_root, inputs)
-        final = Path(artifact.path)
         final.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / mf.NAME, final / mf.NAME)
-        manifest = mf.read_manifest(output, verify=False)
-        artifact.metadata.update(stage=stage, identity=manifest.identity, uri=str(output))
+        artifact.metadata.update(describe(output), uri=str(output))
         sending.submit(output, work_root)
-    return (json.dumps({"uri": str(output), "digest": manifest.identity}, sort_keys=True),)
+    return (json.dumps({"uri": str(output), "digest": artifact.metadata["identity"]}, sort_keys=True),)
+
+
+def run_selections(
+    artifact: Any, select_config: str, baseline_config: str, code: str, work_root: str, *, router_data: str, pool: str
+) -> None:
+    """Run `select` and `baseline`: the selections of all arms in one artifact, a manifest per arm.
+
+    The folder is what `baseline` wrote, with what `select` wrote in it as `selected/` (an output of its own).
+    """
+    final = Path(artifact.path)
+    rows: dict[str, str | list[str]] = {"router_data_dir": router_data, "data": pool}
+    with task("select", work_root):
+        _to_artifact("baseline", final, baseline_config, code, work_root, rows | planted(baseline_config, pool), None)
+        _to_artifact("select", final / SELECTED, select_config, code, work_root, rows, None)
+        artifact.metadata.update(describe(final / SELECTED))
+        artifact.metadata["identity_of_baselines"] = describe(final)["identity"]
+        sending.submit(final / SELECTED, work_root)
+        sending.submit(final, work_root)
+
+
+def describe(output: Path) -> dict[str, str | int | float]:
+    """What KFP's page shows of an output: stage, identity and checksum, rows, bytes and the last value of each metric."""
+    manifest = mf.read_manifest(output, verify=False)
+    shown: dict[str, str | int | float] = {
+        "stage": manifest.stage,
+        "identity": manifest.identity,
+        "checksum": manifest.checksum,
+        "rows_in": manifest.rows["in"],
+        "rows_out": manifest.rows["out"],
+        "bytes": sum(file["bytes"] for file in manifest.files),
+    }
+    shown |= {f"dropped_{reason}": n for reason, n in manifest.rows["dropped"].items()}
+    if (output / METRICS).is_file():
+        for entry in map(json.loads, (output / METRICS).read_text(encoding="utf-8").splitlines()):
+            shown[f"metric_{entry['name']}"] = entry["value"]
+    return shown
+
+
+def adopt(source: str, code: str, work_root: str) -> tuple[str]:
+    """Prove every byte of a checkpoint of the user's own, and hand it on as it is."""
+    with task("adopt", work_root) as record:
+        record.entry["code"] = code
+        checkpoint(source, verify=True)
+    return (source,)
+
+
+def reuse(uri: str, identity: str, artifact: Any, code: str, work_root: str) -> None:
+    """Hand on a finished output of another run, every byte of it proved."""
+    from selectmoe.storage import open_store
+
+    final = Path(artifact.path)
+    with task("reuse", work_root) as record:
+        record.entry["code"] = code
+        store = open_store(uri)
+        for name in store.names():
+            store.fetch(name, final / name)
+        found = mf.read_manifest(final).identity
+        if found != identity:
+            raise UserError(f"{uri} has changed since `check` read it: its identity is {found[:12]}")
+        artifact.metadata.update(describe(final), source=uri)
+
+
+def planted_rows(pool: str) -> str:
+    """The file that says which rows of a pool were planted; empty: none were."""
+    path = Path(pool, "planted.jsonl")
+    return str(path) if path.is_file() else ""
 
 
 def checkpoint(reference: str, verify: bool = False) -> str:
@@ -130,64 +200,20 @@ def checkpoint(reference: str, verify: bool = False) -> str:
     return str(path)
 
 
-def check(artifact: Any, named: Mapping[str, str], overrides: list[str]) -> tuple[Any, ...]:
-    """Run `check` and spread out what it proved.
-
-    Args:
-        artifact: KFP's output artifact, for check.json.
-        named: settings that are pipeline parameters; an empty one is not given.
-        overrides: further `key=value` settings, which win.
-
-    Returns:
-        The values of the component's outputs, in their order.
-    """
-    from selectmoe import check as stage
-    from selectmoe.run import compose
-
-    arguments = [f"{key}={value}" for key, value in named.items() if value]
-    quiet()
-    _note(stage="check")
-    with _exit_code("check"):
-        config = compose([*arguments, *overrides, f"output_dir={artifact.path}"])
-        output = stage.run(config)
-    plan = stage.Plan(**json.loads((output / "check.json").read_text(encoding="utf-8")))
-    with sending.sending(named["work_root"]):
-        sending.submit(output, named["work_root"])
-    configs = [json.dumps(plan.stages[name], sort_keys=True) for name in STAGES]
-    source, target = (_reference(plan, config, name) for name in ("source_model", "target_model"))
-    shards = [f"{index}/{plan.shards}" for index in range(plan.shards)]
-    rows = (str(Path(config.data).resolve()), plan.digests["pool"])
-    return (*configs, plan.judge, source, target, *rows, plan.digests["code"], plan.arm_seeds, shards)
+SELECTED = "selected"
+"""The arm that `select` makes, and its folder among the selections."""
 
 
-STAGES = (
-    "ingest",
-    "upcycle",
-    "pretrain",
-    "convert",
-    "verify",
-    "warmup",
-    "route",
-    "merge",
-    "select",
-    "baseline",
-    "finetune",
-    "evaluate",
-    "report",
-)
-"""The stages for which `check` hands on a configuration, in the order of its outputs."""
+def planted(config: str, pool: str) -> dict[str, str]:
+    """What tells `baseline` which rows were planted: only the arm oracle may know, the others get nothing."""
+    return {"planted": pool} if "oracle" in json.loads(config)["arms"] else {}
 
 
-def planted(config: str, pool: str) -> str:
-    """Where `baseline` reads which rows were planted: only the arm oracle may, the others get nothing."""
-    return pool if "oracle" in json.loads(config)["arms"] else ""
-
-
-def arm_rows(selection: str, baselines: str, arm: str, seed: int) -> str:
-    """The selection of one arm and seed, from what `select` (arm `selected`) and `baseline` (the others) wrote."""
+def arm_rows(selections: str, arm: str, seed: int) -> str:
+    """The selection of one arm and seed among those of all arms."""
     from selectmoe.selection import arm_directory
 
-    return str(arm_directory(selection if arm == "selected" else baselines, arm, seed))
+    return str(arm_directory(selections, arm, seed))
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -205,18 +231,6 @@ def link_tree(source: Path, target: Path) -> None:
             shutil.copyfile(path, place)
 
 
-def _reference(plan: Any, config: Any, name: str) -> str:
-    path = getattr(config, name)
-    return (
-        json.dumps(
-            {"uri": str(Path(path).resolve()), "digest": plan.digests[name]},
-            sort_keys=True,
-        )
-        if path
-        else ""
-    )
-
-
 def _name(stage: str, config: str, code: str, inputs: Paths, values: Mapping[str, Any] | None) -> str:
     """A folder name that holds everything the result depends on."""
     ids = {key: _identities(value) for key, value in inputs.items() if value}
@@ -231,34 +245,81 @@ def _identities(value: str | list[str]) -> list[str]:
     )
 
 
+def _to_artifact(
+    stage: str,
+    final: Path,
+    config: str,
+    code: str,
+    work_root: str,
+    inputs: Paths,
+    values: Mapping[str, Any] | None,
+) -> None:
+    """Run a stage where it finds its own finished output again, and give its files a second name below `final`."""
+    folder = (
+        final
+        if work_root.startswith("s3://")
+        else Path(work_root, "finished", _name(stage, config, code, inputs, values))
+    )
+    try:
+        _call(stage, config, folder, work_root, {**inputs, **(values or {})})
+    finally:  # also where the answer is no
+        if folder != final and (folder / mf.NAME).is_file():
+            link_tree(folder, final)
+
+
 def _call(stage: str, config: str, folder: Path, work_root: str, given: Mapping[str, Any]) -> Path:
     module = importlib.import_module(f"selectmoe.{stage}")
     kind: type[StageConfig] = getattr(module, f"{stage.capitalize()}Config")
     paths = dict(given) | {"output_dir": str(folder), "work_root": work_root}
-    quiet()
-    _note(stage=stage)
-    with _exit_code(stage):
-        settings = load(kind, config, **{key: value for key, value in paths.items() if value not in ("", [])})
-        output: Path = module.run(settings)
+    settings = load(kind, config, **{key: value for key, value in paths.items() if value not in ("", [])})
+    output: Path = module.run(settings)
     return output
 
 
 @contextmanager
-def _exit_code(stage: str) -> Iterator[None]:
-    """A user's mistake or a refusal ends the task with its own exit code and one line, without a stack trace."""
+def task(stage: str, work_root: str, hardware: Hardware | None = None) -> Iterator[runlog.Record]:
+    """The frame of a task: what it was given, when, and how it ended.
+
+    A user's mistake or a refusal ends the task with its own exit code and one line, without a stack trace.
+    """
+    quiet()
+    note(stage=stage)
+    record = runlog.Record(work_root, stage, **(dataclasses.asdict(hardware) if hardware else {}))
     try:
-        yield
+        if hardware:
+            _prove(hardware)
+        with sending.sending(work_root):
+            yield record
     except (UserError, Refused) as error:
         code = 2 if isinstance(error, UserError) else 3
-        _note(stage=stage, exit=code, message=str(error))
+        note(stage=stage, exit=code, message=str(error))
+        record.end(code, str(error))
         print(f"{stage}: {error}", file=sys.stderr, flush=True)
         sys.exit(code)
     except Exception as error:
-        _note(stage=stage, exit=1, message=f"{type(error).__name__}: {error}")
+        note(stage=stage, exit=1, message=f"{type(error).__name__}: {error}")
+        record.end(1, f"{type(error).__name__}: {error}")
         raise
+    record.end()
 
 
-def _note(**event: Any) -> None:
+def _prove(hardware: Hardware) -> None:
+    """A task that was given an accelerator has one.
+
+    Raises:
+        RuntimeError: torch sees none: the work would silently be done on the CPU.
+    """
+    if hardware.count:
+        from selectmoe.device import pick_device
+
+        if pick_device().type == "cpu":
+            raise RuntimeError(
+                f"{hardware.count} of {hardware.accelerator} were asked for, but torch sees no device: "
+                "the image lacks its libraries, or the node its driver"
+            )
+
+
+def note(**event: Any) -> None:
     if path := os.environ.get(EVENTS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")

@@ -1,36 +1,81 @@
-"""Compile the pipeline: `python -m pipelines compile` writes `pipelines/select_moe/pipeline.yaml` and the READMEs.
+"""Compile the pipelines for a site.
 
-`python -m pipelines submit` runs it on a cluster (`pipelines/submit.py`).
+    python -m pipelines compile                                    # what is committed: for development
+    python -m pipelines compile pipeline=select_moe profile=site.yaml image=NAME@sha256:DIGEST output=pipeline.yaml
 
-The README of a component is made from its docstring and its signature, as `components/NAME/README.md`.
+`python -m pipelines submit` runs one on a cluster (`pipelines/submit.py`).
+
+Without `output=` the files are written where they are committed: `pipelines/NAME/pipeline.yaml`, and the README of
+every component, made from its docstring and its signature. What is written has been read by KFP's own schema.
 """
 
+import dataclasses
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+from pipelines.profile import DEVELOPMENT, Profile, load
+from selectmoe.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = Path("pipelines/select_moe/pipeline.yaml")
+PIPELINES = ("select_moe", "sweep")
+KEYS = ("pipeline", "profile", "image", "development", "output")
+
+
+def compile_pipeline(name: str, profile: Profile, target: Path) -> Path:
+    """Compile one pipeline for a site; the same source and profile give the same bytes.
+
+    Args:
+        name: one of `PIPELINES`.
+        profile: of the site.
+        target: the YAML file to write.
+
+    Returns:
+        The file.
+    """
+    from kfp import compiler
+
+    graph = importlib.import_module(f"pipelines.{name}.pipeline").Graph(profile)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(graph.pipeline, str(target))
+    validate(target)
+    return target
+
+
+def validate(path: Path) -> None:
+    """Read a compiled pipeline by KFP's protobuf schemas: the pipeline, and what Kubernetes is told of every task.
+
+    Raises:
+        ParseError: (of protobuf) a field that the schema does not have, or of another type.
+    """
+    import yaml
+    from google.protobuf import json_format
+    from kfp.kubernetes import kubernetes_executor_config_pb2 as k8s
+    from kfp.pipeline_spec import pipeline_spec_pb2 as schema
+
+    spec, *platforms = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    json_format.ParseDict(spec, schema.PipelineSpec())
+    for document in platforms:
+        json_format.ParseDict(document, schema.PlatformSpec())
+        for config in document["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            json_format.ParseDict(config, k8s.KubernetesExecutorConfig())
 
 
 def compile_all(root: Path = ROOT) -> list[Path]:
-    """Write everything that is generated from the components and the pipeline; the same source gives the same bytes.
+    """Write everything that is committed and generated from the components and the pipelines.
 
     Args:
         root: folder below which the files are written.
 
     Returns:
-        The files, the pipeline first.
+        The files, the pipelines first.
     """
-    from kfp import compiler
+    from pipelines.select_moe import pipeline as whole
+    from pipelines.sweep import pipeline as sweep
 
-    from pipelines.select_moe.pipeline import COMPONENTS, select_moe
-
-    target = root / TARGET
-    target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(select_moe, str(target))
-    written = [target]
-    for component in COMPONENTS:
+    written = [compile_pipeline(name, DEVELOPMENT, root / "pipelines" / name / "pipeline.yaml") for name in PIPELINES]
+    for component in {item.name: item for item in (*whole.COMPONENTS, *sweep.COMPONENTS)}.values():
         page = root / "components" / component.name / "README.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(readme(component), encoding="utf-8")
@@ -64,16 +109,57 @@ def _cell(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|")
 
 
+def _given(arguments: list[str]) -> dict[str, str]:
+    given = {}
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in KEYS:
+            raise UserError(f"{argument!r} is not understood: compile takes {', '.join(f'{k}=' for k in KEYS)}")
+        given[key] = value
+    return given
+
+
+def compile_for_a_site(given: dict[str, str]) -> Path:
+    """Compile as the command line says.
+
+    Args:
+        given: pipeline, profile (file), image, development (true or false), output (file).
+
+    Raises:
+        UserError: an unknown pipeline, a profile that is wrong, or an image without a digest.
+    """
+    name = given.get("pipeline", PIPELINES[0])
+    if name not in PIPELINES:
+        raise UserError(f"pipeline={name} is unknown; known: {', '.join(PIPELINES)}")
+    if given.get("development", "false") not in ("true", "false"):
+        raise UserError(f"development={given['development']} must be true or false")
+    if "output" not in given:
+        raise UserError("output= is missing: where the pipeline for this site is to be written")
+    changes: dict[str, Any] = {"image": given["image"]} if "image" in given else {}
+    if "development" in given:
+        changes["development"] = given["development"] == "true"
+    if "profile" in given:
+        profile = load(given["profile"], **changes)
+    else:
+        profile = dataclasses.replace(Profile(), **changes)
+        profile.validate()
+    return compile_pipeline(name, profile, Path(given["output"]))
+
+
 def main(arguments: list[str]) -> int:
     """The command line; exit code 2 where it is not understood."""
     if arguments[:1] == ["submit"]:
         from pipelines import submit
 
         return submit.main(arguments[1:])
-    if arguments != ["compile"]:
-        print("usage: python -m pipelines compile | submit ... (submit --help)", file=sys.stderr)
+    try:
+        if arguments[:1] != ["compile"]:
+            raise UserError(f"usage: python -m pipelines compile [{'= '.join(KEYS)}=] | submit ... (submit --help)")
+        given = _given(arguments[1:])
+        print(compile_for_a_site(given) if given else compile_all()[0])
+    except UserError as error:
+        print(f"pipelines: {error}", file=sys.stderr)
         return 2
-    print(compile_all()[0])
     return 0
 
 

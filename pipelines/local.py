@@ -30,9 +30,9 @@ from selectmoe.entry import STOPPING, at_stage, enter
 from selectmoe.errors import UserError
 from selectmoe.progress import quiet
 
-NAMED = ("preset", "data", "budget")
-"""Settings of `selectmoe run` that are parameters of the pipeline; the others go through `overrides`."""
 STATE = "SELECTMOE_STATE"
+ALWAYS = ("check", "finish")
+"""Tasks that are never cached."""
 
 
 def state_folder() -> Path:
@@ -63,12 +63,13 @@ def run(overrides: list[str]) -> int:
     plan = check.plan(config)
     arguments["data"] = config.data  # the preset's rows are on disk now
     with _alone(state):
-        from selectmoe import manifest, previews, sending, tracking
+        from components import _plan
+        from selectmoe import previews, runlog, sending, tracking
         from selectmoe.config import values
 
         up = servers.start(state)
         _environment(state, up["mlflow"].url)
-        key = manifest.digest([plan.stages, plan.digests, plan.arm_seeds, plan.judge])
+        key = _plan.plan_key(plan)
         settings = values(config, "identity", "execution", "input")
         work_root = arguments["work_root"]
         parent = sending.start_parent(f"{arguments['preset']} {key[:8]}", settings, work_root, key)
@@ -77,18 +78,23 @@ def run(overrides: list[str]) -> int:
         events = state / "events.jsonl"
         events.unlink(missing_ok=True)
         os.environ["SELECTMOE_EVENTS"] = str(events)
+        os.environ[runlog.RUN] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         with sending.sending(work_root):
             os.environ[sending.DEFER] = "1"  # for the tasks: importing mlflow takes seconds in each
-            result = _execute(state, arguments)
+            succeeded = _execute(state, arguments)
             executed, failure = _read_events(events)
+            found = runlog.result(work_root, key)
+            result = Path(found["report"]) if found else None
             tags = {} if result is None else _verdict(result)
             for output in reversed(_lineage(result) if result is not None else []):  # the report last
                 sending.submit(output, work_root)
-            sending.finish_parent(parent, work_root, failed=result is None, tags=tags)
+            sending.finish_parent(parent, work_root, failed=not succeeded, tags=tags)
         page = tracking.address(parent) or f"not complete: selectmoe sync {work_root}"
-    if result is None:
+    if not succeeded or result is None:
         name, code, message = failure or ("the pipeline", 1, "see the lines above")
         print(f"selectmoe: {name} failed: {message} (log: {state / 'run.log'}; run: {page})", file=sys.stderr)
+        if result is not None:
+            print(f"report: {result / 'report.html'}", file=sys.stderr)
         return code
     seconds = time.monotonic() - started
     _say(
@@ -112,41 +118,43 @@ def down() -> int:
 
 
 def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
+    """The pipeline's parameters: what `selectmoe run` calls the same goes there, the rest through `config`."""
+    from components._plan import PARAMETERS
     from selectmoe.cli import refuse_credentials
 
     refuse_credentials(overrides)
-    given: dict[str, str] = {}
+    named = {key: parameter for parameter, key in PARAMETERS.items()}
+    arguments: dict[str, Any] = {"preset": "quick", "work_root": str(state / "work")}
     rest = []
     for item in overrides:
         key, sign, value = item.partition("=")
         if not sign:
             raise UserError(f"{item!r} is not of the form key=value (selectmoe run --help)")
-        if key in (*NAMED, "work_root", "model_root"):
-            given[key] = value
+        if key in ("seeds", "shards"):
+            if not value.isdigit():
+                raise UserError(f"{item} must be a whole number")
+            arguments[key] = int(value)
+        elif key in named:
+            arguments[named[key]] = value.strip("[]") if named[key] in ("arms", "tasks") else value
         else:
             rest.append(item)
     half = max(1, len(os.sched_getaffinity(0)) // 2)  # KFP's local runner does two of the loop's tasks at a time
     keys = {item.partition("=")[0] for item in rest}
-    own = {"finetune.threads": half, "evaluate.threads": half, "demo_dir": state / "demo"}
+    own: dict[str, Any] = {"finetune.threads": half, "evaluate.threads": half}
+    own |= {"demo_dir": state / "demo", "model_root": state / "models"}
     rest += [f"{key}={value}" for key, value in own.items() if key not in keys]
-    defaults = {
-        "preset": "quick",
-        "work_root": str(state / "work"),
-        "model_root": str(state / "models"),
-    }
-    arguments: dict[str, Any] = {**defaults, **given, "overrides": rest}
-    for key in ("data", "work_root", "model_root"):
+    for key in ("data", "work_root"):
         value = arguments.get(key, "")
         if value and "://" not in value:
             arguments[key] = str(Path(value).resolve())
-    return arguments
+    return arguments | {"config": rest}
 
 
 def _compose(arguments: dict[str, Any], state: Path) -> Any:
-    from selectmoe.run import compose
+    from components import _plan
 
-    named = [f"{key}={value}" for key, value in arguments.items() if key != "overrides" and value]
-    return compose([*named, *arguments["overrides"], f"output_dir={state / 'run'}"])
+    given = {key: value for key, value in arguments.items() if key != "config"}
+    return _plan.compose(given, arguments["config"], str(state / "run"))[0]
 
 
 @contextlib.contextmanager
@@ -174,8 +182,8 @@ def _environment(state: Path, mlflow: str) -> None:
     os.environ.update(mute)
 
 
-def _execute(state: Path, arguments: dict[str, Any]) -> Path | None:
-    """Run the pipeline with KFP's local runner; the report's folder, or None where a task failed."""
+def _execute(state: Path, arguments: dict[str, Any]) -> bool:
+    """Run the pipeline with KFP's local runner; whether every task did its work."""
     from kfp import local
 
     from pipelines.select_moe.pipeline import select_moe
@@ -192,13 +200,13 @@ def _execute(state: Path, arguments: dict[str, Any]) -> Path | None:
         plain = builtins.print
         with contextlib.redirect_stdout(screen):
             try:
-                task = select_moe(**arguments)
+                select_moe(**arguments)
             except RuntimeError as error:  # KFP's only sign that a task failed
                 log.write(f"{error}\n")
-                return None
+                return False
             finally:
                 builtins.print = plain  # KFP replaces it while a task runs; two at a time leave theirs behind
-    return Path(task.output.path)
+    return True
 
 
 class Screen(io.TextIOBase):
@@ -287,8 +295,8 @@ def _expected(plan: Any) -> Counter[str]:
         "warmup",
         "merge",
         "select",
-        "baseline",
         "report",
+        "gate",
     ]
     return Counter(single) + Counter(route=plan.shards, finetune=arms, evaluate=arms + 1)
 
@@ -322,7 +330,7 @@ def _say(
     result: Path,
     page: str,
 ) -> None:
-    ran = [f"{name} x{n}" if n > 1 else name for name, n in executed.items() if name != "check"]
+    ran = [f"{name} x{n}" if n > 1 else name for name, n in executed.items() if name not in ALWAYS]
     cached = expected - executed
     if not ran:
         print(f"\nall stages came from the cache ({seconds:.0f} s)")

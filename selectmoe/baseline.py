@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selectmoe import select, stage
-from selectmoe.config import StageConfig, group, identity, input_
+from selectmoe.config import StageConfig, build, group, identity, input_, values
 from selectmoe.errors import UserError
 from selectmoe.manifest import read_manifest
 from selectmoe.select import DEFAULT_SHARE, ClusteringConfig, SelectConfig, check_budget, check_clustering
-from selectmoe.selection import CLUSTERED, DRAWN, parse_arm, planted_file
+from selectmoe.selection import CLUSTERED, DRAWN, Arm, parse_arm, planted_file
 
 STAGE = "baseline"
 VERSION = 1
@@ -44,9 +44,9 @@ class BaselineConfig(StageConfig):
     def validate(self) -> None:
         """Check the arms, the seeds, and every arm's own configuration."""
         arms = [parse_arm(name) for name in self.arms]
-        for key, values in (("arms", self.arms), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{key}={values} must name at least one, and each once")
+        for key, given in (("arms", self.arms), ("seeds", self.seeds)):
+            if not given or len({*given}) < len(given):
+                raise UserError(f"{key}={given} must name at least one, and each once")
         check_budget(self.selection_percentage, self.selection_rows, self.selection_tokens)
         if bool(self.planted) != any(arm.method == "oracle" for arm in arms):
             raise UserError("planted= and the arm oracle belong together: give both or neither")
@@ -64,24 +64,42 @@ class BaselineConfig(StageConfig):
             if arm.picking == "coverage":  # which has no k to choose
                 params = ClusteringConfig(restarts=params.restarts, max_iters=params.max_iters)
             for seed in self.seeds if arm.method in DRAWN else [self.seed]:
-                yield (
-                    arm.folder(seed),
-                    SelectConfig(
-                        output_dir=str(root / arm.folder(seed)),
-                        seed=seed,
-                        threads=self.threads,
-                        router_data_dir=self.router_data_dir,
-                        data=self.data,
-                        planted=self.planted if arm.method == "oracle" else "",
-                        method=arm.method,
-                        score=arm.score,
-                        picking=arm.picking,
-                        selection_percentage=self.selection_percentage,
-                        selection_rows=self.selection_rows,
-                        selection_tokens=self.selection_tokens,
-                        clustering_params=params,
-                    ),
+                config = SelectConfig(
+                    output_dir=str(root / arm.folder(seed)),
+                    seed=seed,
+                    threads=self.threads,
+                    router_data_dir=self.router_data_dir,
+                    data=self.data,
+                    planted=self.planted if arm.method == "oracle" else "",
+                    method=arm.method,
+                    score=arm.score,
+                    picking=arm.picking,
+                    selection_percentage=self.selection_percentage,
+                    selection_rows=self.selection_rows,
+                    selection_tokens=self.selection_tokens,
+                    clustering_params=params,
                 )
+                yield arm.folder(seed), _with_settings(config, arm)
+
+
+def _with_settings(config: SelectConfig, arm: Arm) -> SelectConfig:
+    """A selection's configuration with the settings that its arm's name holds."""
+    from selectmoe.run import parse_budget
+
+    nested = values(config, "identity", "execution", "input")
+    for key, value in arm.settings:
+        given = (
+            {"selection_rows": None, "selection_tokens": None} | parse_budget(value)
+            if key == "budget"
+            else {key: value}
+        )
+        for dotted, item in given.items():
+            *parents, last = dotted.split(".")
+            node = nested
+            for parent in parents:
+                node = node[parent]
+            node[last] = item
+    return build(SelectConfig, nested)
 
 
 def run(config: BaselineConfig) -> Path:

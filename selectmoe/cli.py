@@ -35,6 +35,7 @@ STAGES = {
     "baseline": "choose rows the other ways, to compare with",
     "finetune": "stage 3: LoRA on the chosen rows",
     "evaluate": "stage 4: held-out loss and lm-eval tasks",
+    "compare": "many selections side by side: planted rows, scores, sources, overlap, verdicts",
     "report": "tables, plots and the verdict in one HTML page",
     "run": "the whole chain in one process",
 }

@@ -75,14 +75,28 @@ def run(config: ReportConfig) -> Path:
             _same_page(out.path, config)
         else:
             _make(out, config, outputs)
-    answer = json.loads((out.path / "verdict.json").read_text(encoding="utf-8"))
-    if answer["verdict"] != "beats_random" and config.gate != "off":
-        sentence = json.loads((out.path / "results.json").read_text(encoding="utf-8"))["sentence"]
-        message = f"the selection does not beat random: {sentence}"
-        if config.gate == "fail":
-            raise Refused(message)
-        print(f"gate: {message}", flush=True)
+    gate(out.path, config.gate)
     return out.path
+
+
+def gate(report: Path, mode: str) -> None:
+    """Say, or refuse, where the verdict is not *beats random*.
+
+    Args:
+        report: what `run` (or `compare`) wrote.
+        mode: off: nothing, warn: say so, fail: refuse.
+
+    Raises:
+        Refused: the mode is `fail` and the verdict is another.
+    """
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    if results["verdict"]["verdict"] == "beats_random" or mode == "off":
+        return
+    judged = "the selection does not beat random: " if results["verdict"]["arms"] else ""
+    message = judged + results["sentence"]
+    if mode == "fail":
+        raise Refused(message)
+    print(f"gate: {message}", flush=True)
 
 
 def _same_page(path: Path, config: ReportConfig) -> None:

@@ -92,6 +92,9 @@ class SelectConfig(StageConfig):
     selection_tokens: int | None = identity(
         None, doc="answer tokens to select at most, in the place of selection_percentage"
     )
+    layers: list[int] | None = identity(
+        None, doc="layers whose routing is what rows are clustered by, from 0; default all"
+    )
     clustering_params: ClusteringConfig = group(ClusteringConfig)
 
     def validate(self) -> None:
@@ -106,6 +109,10 @@ class SelectConfig(StageConfig):
             _known("pick", self.pick, pk.PICKS)
         if self.filter.drop is not None and not 0 <= self.filter.drop < 1:
             raise UserError(f"filter.drop={self.filter.drop} must be at least 0 and below 1")
+        if self.layers is not None and (
+            not self.layers or min(self.layers) < 0 or len({*self.layers}) < len(self.layers)
+        ):
+            raise UserError(f"layers={self.layers} must name at least one layer, from 0, and each once")
         if bool(self.planted) != (self.method == "oracle"):
             raise UserError(
                 "planted= is missing: method=oracle needs it"
@@ -123,7 +130,7 @@ class SelectConfig(StageConfig):
         given = {"filter.drop": self.filter.drop is not None, "pick=best": self.pick == "best"}
         if self.method not in CLUSTERED:
             given |= {"picking": self.picking != "coverage", "allocation": self.allocation is not None}
-            given |= {"pick": self.pick is not None}
+            given |= {"pick": self.pick is not None, "layers": self.layers is not None}
             given |= {"clustering_params": self.clustering_params != ClusteringConfig()}
         return [name for name, is_given in given.items() if is_given]
 
@@ -219,7 +226,7 @@ def run(config: SelectConfig) -> Path:
             return out.path
         data = router_data.read_router_data(routed)
         rows = join(data, read_pool(pool))
-        features = data.router_probs.reshape(len(rows), -1)
+        features = _features(data, config.layers)
         scores = score(data, config.score)
         sound = np.isfinite(features).all(axis=1) & (features != 0).any(axis=1)
         at = np.flatnonzero(sound & np.isfinite(scores))  # the candidates
@@ -242,6 +249,20 @@ def run(config: SelectConfig) -> Path:
         dropped["not_selected"] = len(rows) - len(picked.order) - sum(dropped.values())
         out.commit(rows_in=len(rows), rows_out=len(picked.order), dropped=dropped, bookkeeping=[CONFIG])
     return out.path
+
+
+def _features(data: RouterData, layers: list[int] | None) -> npt.NDArray[np.float32]:
+    """What rows are clustered by: [rows, layers x experts], all layers or those that are named.
+
+    Raises:
+        UserError: a layer that the router data does not have.
+    """
+    probs = data.router_probs
+    if layers is not None:
+        if max(layers) >= probs.shape[1]:
+            raise UserError(f"layers={layers}: the router data has layers 0 to {probs.shape[1] - 1}")
+        probs = probs[:, sorted(layers)]
+    return probs.reshape(len(probs), -1)
 
 
 def join(data: RouterData, pool: list[Row]) -> list[Row]:

@@ -1,13 +1,14 @@
 """Names of arms, the folders that hold them, and `selected_data.jsonl`: what `select` writes and later stages read.
 
 No command runs this module. An arm is METHOD or METHOD-SCORE (`top-nll`, `kmeans-ifd`), or one of three short names:
-`selected` (the project's own choice), `legacy` (the predecessor's) and `nll` (`top-nll`).
+`selected` (the project's own choice), `legacy` (the predecessor's) and `nll` (`top-nll`). Settings may follow a method,
+as KEY-VALUE after a plus sign: `kmeans-nll+drop-0.2+layers-0.1` (numbers of layers separated by points).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Arm:
     method: str
     score: str = "answer"
     picking: str = "coverage"
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Dotted keys of `select` and their values."""
 
     def folder(self, seed: int) -> str:
         """ARM, or ARM-SEED where the arm draws per seed."""
@@ -54,23 +57,54 @@ SHORT = {
 }
 
 
+def _layers(text: str) -> list[int]:
+    return [int(number) for number in text.split(".")]
+
+
+SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "k": ("clustering_params.k", int),
+    "drop": ("filter.drop", float),
+    "allocation": ("allocation", str),
+    "pick": ("pick", str),
+    "picking": ("picking", str),
+    "layers": ("layers", _layers),
+    "budget": ("budget", str),
+}
+"""Setting of an arm -> key of `select` (budget: of `run`), and how its value is read."""
+
+
 def parse_arm(name: str) -> Arm:
     """The arm of a name.
 
     Raises:
-        UserError: no such arm; lists what there is.
+        UserError: no such arm, or no such setting; lists what there is.
     """
     if name in SHORT:
         return SHORT[name]
-    method, dash, score = name.partition("-")
+    base, *words = name.split("+")
+    settings = tuple(_setting(name, word) for word in words)
+    method, dash, score = base.partition("-")
+    picking = dict(settings).get("picking", "coverage")
     if method in METHODS and not dash:
-        return Arm(name, method)
+        return Arm(name, method, picking=picking, settings=settings)
     if method in SCORED and score in SCORES:
-        return Arm(name, method, score)
+        return Arm(name, method, score, picking, settings)
     raise UserError(
         f"arm {name!r} is unknown: an arm is one of {', '.join([*SHORT, *METHODS])}, "
-        f"or {' or '.join(SCORED)} with a score ({', '.join(SCORES)}), as in top-nll"
+        f"or {' or '.join(SCORED)} with a score ({', '.join(SCORES)}), as in top-nll; "
+        f"settings may follow a method, as in kmeans+drop-0.2 ({', '.join(SETTINGS)})"
     )
+
+
+def _setting(arm: str, word: str) -> tuple[str, Any]:
+    key, _, value = word.partition("-")
+    if key not in SETTINGS:
+        raise UserError(f"arm {arm!r}: no setting {key!r}; known: {', '.join(SETTINGS)}")
+    dotted, read = SETTINGS[key]
+    try:
+        return dotted, read(value)
+    except ValueError:
+        raise UserError(f"arm {arm!r}: {key}-{value} is no value of {key}, as in kmeans+drop-0.2+layers-0.1") from None
 
 
 def arm_directory(root: Path | str, arm: str, seed: int) -> Path:

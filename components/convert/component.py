@@ -14,7 +14,7 @@ IMAGE = os.environ.get("SELECTMOE_IMAGE", "select-moe:0.1.0")
 @dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
 def convert(
     source: str,
-    checkpoint: dsl.Output[dsl.Artifact],
+    checkpoint: dsl.Output[dsl.Model],
     model_root: str,
     config: str,
     code: str,

@@ -20,6 +20,9 @@ def evaluate(
     config: str,
     code: str,
     work_root: str,
+    accelerator: str,
+    accelerators: str,
+    memory: str,
     adapters: dsl.Input[dsl.Model] = None,
 ) -> None:
     """Stage 4: held-out loss (and benchmark tasks) of the target model, with or without an adapter.
@@ -34,6 +37,9 @@ def evaluate(
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
         work_root: folder or s3:// URI for committed progress.
+        accelerator: resource name of the accelerator that the task was given; empty: none.
+        accelerators: how many; where there are some, torch must see one.
+        memory: what the task was given; counts in the run's cost.
     """
     from components import _shell
 
@@ -44,4 +50,5 @@ def evaluate(
         "adapters": [adapters.path] if adapters else [],
     }
     values = {"arm": arm, "seed": int(seed)}
-    _shell.run("evaluate", evaluation, config, code, work_root, inputs=inputs, values=values)
+    hardware = _shell.Hardware(accelerator, int(accelerators), memory)
+    _shell.run("evaluate", evaluation, config, code, work_root, inputs=inputs, values=values, hardware=hardware)

@@ -23,7 +23,7 @@ def ingest(
 
     Args:
         data: where the rows lie.
-        pool_digest: digest of those rows: an edited pool is a changed task.
+        pool_digest: digest of those rows as `check` saw them; other rows are an error.
         pool: pool/, holdout/ and the rejected rows.
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
@@ -31,4 +31,4 @@ def ingest(
     """
     from components import _shell
 
-    _shell.run("ingest", pool, config, code, work_root, inputs={"data": data})
+    _shell.run("ingest", pool, config, code, work_root, inputs={"data": data}, unchanged={data: pool_digest})

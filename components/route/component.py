@@ -20,6 +20,9 @@ def route(
     config: str,
     code: str,
     work_root: str,
+    accelerator: str,
+    accelerators: str,
+    memory: str,
 ) -> None:
     """Stage 2, one shard: gate scores and expert distributions of the pool's rows.
 
@@ -32,6 +35,9 @@ def route(
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
         work_root: folder or s3:// URI for committed progress.
+        accelerator: resource name of the accelerator that the task was given; empty: none.
+        accelerators: how many; where there are some, torch must see one.
+        memory: what the task was given; counts in the run's cost.
     """
     from components import _shell
 
@@ -39,4 +45,5 @@ def route(
     inputs |= {"model_checkpoint_path": router_weights.path}
     index, count = (int(n) for n in shard.split("/"))
     values = {"shard.index": index, "shard.count": count}
-    _shell.run("route", router_data, config, code, work_root, inputs=inputs, values=values)
+    hardware = _shell.Hardware(accelerator, int(accelerators), memory)
+    _shell.run("route", router_data, config, code, work_root, inputs=inputs, values=values, hardware=hardware)

@@ -1,1 +1,1 @@
-"""The rows that Select-MoE picks, and why each of them (arm `selected`)."""
+"""The rows of every arm."""

@@ -15,11 +15,14 @@ IMAGE = os.environ.get("SELECTMOE_IMAGE", "select-moe:0.1.0")
 def upcycle(
     source: str,
     pool: dsl.Input[dsl.Dataset],
-    checkpoint: dsl.Output[dsl.Artifact],
+    checkpoint: dsl.Output[dsl.Model],
     model_root: str,
     config: str,
     code: str,
     work_root: str,
+    accelerator: str,
+    accelerators: str,
+    memory: str,
 ) -> NamedTuple("Outputs", [("model", str)]):  # type: ignore[valid-type]  # the form from which KFP reads the outputs
     """A dense Llama-like checkpoint to an OLMoE-shaped one (sparse upcycling).
 
@@ -31,6 +34,9 @@ def upcycle(
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
         work_root: folder or s3:// URI for committed progress.
+        accelerator: resource name of the accelerator that the task was given; empty: none.
+        accelerators: how many; where there are some, torch must see one.
+        memory: what the task was given; counts in the run's cost.
 
     Returns:
         model: the checkpoint as {"uri", "digest"}.
@@ -38,4 +44,7 @@ def upcycle(
     from components import _shell
 
     inputs = {"source_model": _shell.checkpoint(source), "data": pool.path}
-    return _shell.run_checkpoint("upcycle", checkpoint, config, code, work_root, model_root, inputs=inputs)
+    hardware = _shell.Hardware(accelerator, int(accelerators), memory)
+    return _shell.run_checkpoint(
+        "upcycle", checkpoint, config, code, work_root, model_root, inputs=inputs, hardware=hardware
+    )

@@ -18,6 +18,9 @@ def warmup(
     config: str,
     code: str,
     work_root: str,
+    accelerator: str,
+    accelerators: str,
+    memory: str,
 ) -> None:
     """Stage 1: the quality gates (and routers) of a Select-MoE model, trained on the pool.
 
@@ -28,8 +31,12 @@ def warmup(
         config: the stage's resolved configuration (JSON), as `check` gives it.
         code: digest of our code: a changed program is a changed task.
         work_root: folder or s3:// URI for committed progress.
+        accelerator: resource name of the accelerator that the task was given; empty: none.
+        accelerators: how many; where there are some, torch must see one.
+        memory: what the task was given; counts in the run's cost.
     """
     from components import _shell
 
     inputs = {"selector_model.path": _shell.checkpoint(selector), "data": pool.path}
-    _shell.run("warmup", router_weights, config, code, work_root, inputs=inputs)
+    hardware = _shell.Hardware(accelerator, int(accelerators), memory)
+    _shell.run("warmup", router_weights, config, code, work_root, inputs=inputs, hardware=hardware)

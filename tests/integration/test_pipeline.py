@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench.study_kill import Pipeline, same_result
-from components._shell import STAGES
+from pipelines.select_moe.pipeline import COMPONENTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = [
@@ -76,8 +76,8 @@ class Here:
         command = [sys.executable, "-m", "pipelines.local", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
 
-    def run(self) -> str:
-        done = self.call("run", *self.settings)
+    def run(self, *further: str) -> str:
+        done = self.call("run", *self.settings, *further)
         assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
@@ -101,7 +101,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 @pytest.mark.timeout(2400)
 def test_from_rows_to_a_verdict_and_again(here: Here, tmp_path: Path) -> None:
-    every = {"check", *STAGES} - {"upcycle"}
+    every = {str(item.name) for item in COMPONENTS} - {"upcycle", "adopt"}
     begun: set[str] = set()
     for stage in ("warmup", "finetune"):
         here.pipeline.kill_in(stage, after=0.5)
@@ -118,21 +118,24 @@ def test_from_rows_to_a_verdict_and_again(here: Here, tmp_path: Path) -> None:
     servers = (here.state / "servers.json").read_text()
 
     said = here.run()
-    assert here.executed() == ["check"]
+    assert here.executed() == ["check", "finish"]
     assert "all stages came from the cache" in said
     assert (here.state / "servers.json").read_text() == servers, "what is up is used again"
 
-    path = here.data / "source0.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace("Question 3", "Question three"), encoding="utf-8")
-    here.run()
-    assert set(here.executed()) == every, "everything lies downstream of the pool"
+    # What changes re-runs what is downstream: tests/unit/pipelines/test_mutation.py varies everything, without executing it.
+    refused = here.call("run", *here.settings, "report.gate=fail")
+    assert refused.returncode == 3
+    assert here.executed() == ["check", "gate", "gate", "finish"], "the second note is its failure"
+    assert "report.html" in refused.stderr
+    here.run("report.show_text=false")
+    assert here.executed() == ["check", "report", "gate", "finish"]
 
     experiments = here.mlflow("experiments/search", max_results=10)["experiments"]
     ours = next(e["experiment_id"] for e in experiments if e["name"] == "select-moe")
     runs = here.mlflow("runs/search", experiment_ids=[ours], max_results=500)["runs"]
     tags = [{t["key"]: t["value"] for t in run["data"]["tags"]} for run in runs]
     parents = [run["info"]["run_id"] for run, tag in zip(runs, tags, strict=True) if "mlflow.parentRunId" not in tag]
-    assert len(parents) == 2, "one per pool; the unchanged run went on in the first one"
+    assert len(parents) == 2, "one per plan; the unchanged run went on in the first one"
     stages = {tag["select_moe.stage"] for tag in tags if tag.get("mlflow.parentRunId") == parents[0]}
     assert {"ingest", "convert", "warmup", "route", "select", "finetune", "evaluate", "report"} <= stages
     stored = {p.name for p in (here.state / "s3").rglob("*") if p.is_file()}

@@ -6,57 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from selectmoe import baseline, select
 from selectmoe.baseline import BaselineConfig
 from selectmoe.config import load
 from selectmoe.errors import UserError
-from selectmoe.manifest import find_manifests, read_manifest, write_manifest
-from selectmoe.pool import Row, write_pool
-from selectmoe.router_data import RouterData, write_router_data
+from selectmoe.manifest import find_manifests, read_manifest
 from selectmoe.select import SelectConfig
 from selectmoe.selection import arm_directory, read_selected
 
 
-def finish(directory: Path, name: str) -> None:
-    """Give a folder the manifest of a finished output."""
-    rows = {"in": 0, "out": 0, "dropped": {}}
-    roles: dict[str, Any] = {"identity": {}, "execution": {}}
-    write_manifest(directory, stage=name, version=1, config=roles, inputs={}, rows=rows, environment={}, created="")
-
-
 @pytest.fixture
-def world(tmp_path: Path) -> dict[str, str]:
-    """Sixty rows in a pool and their router data; every third row is planted."""
-    n, rng = 60, np.random.default_rng(0)
-    keys = sorted((f"d{i % 3}", f"r{i:02d}") for i in range(n))
-    ratio = rng.random((n, 2)).astype(np.float32)
-    data = RouterData(
-        dataset=[key[0] for key in keys],
-        id=[key[1] for key in keys],
-        tokens=rng.integers(20, 60, size=n),
-        answer_tokens=rng.integers(5, 20, size=n),
-        truncated=np.zeros(n, bool),
-        nll=rng.random(n) + 1,
-        nll_unconditional=rng.random(n) + 2,
-        answer_bytes=rng.integers(20, 80, size=n),
-        quality_score=np.log(ratio / (1 - ratio)),
-        good_ratio=ratio,
-        quality_score_answer=np.log(ratio / (1 - ratio)),
-        good_ratio_answer=ratio,
-        router_probs=rng.dirichlet(np.ones(4), size=(n, 2)).astype(np.float32),
-    )
-    (tmp_path / "pool").mkdir()
-    write_pool(tmp_path / "pool", [Row(d, i, [{"role": "assistant", "content": d + i}]) for d, i in keys])
-    finish(tmp_path / "pool", "ingest")
-    (tmp_path / "router").mkdir()
-    write_router_data(tmp_path / "router", data)
-    finish(tmp_path / "router", "route")
-    lines = [json.dumps({"dataset": d, "id": i, "kind": "swapped"}) + "\n" for d, i in keys[::3]]
-    (tmp_path / "planted.jsonl").write_text("".join(lines))
-    return {"router_data_dir": str(tmp_path / "router"), "data": str(tmp_path / "pool")}
+def world(routed_world: dict[str, str]) -> dict[str, str]:
+    return routed_world
 
 
 def go(world: dict[str, str], **settings: Any) -> Path:
@@ -123,3 +86,32 @@ def test_bad_settings_leave_nothing(world: dict[str, str], settings: dict[str, A
     with pytest.raises(UserError, match=message):
         go(world, **settings)
     assert not (Path(world["data"]).parent / "arms").exists()
+
+
+def test_settings_of_an_arm_are_those_of_select(world: dict[str, str], tmp_path: Path) -> None:
+    arm = "kmeans-nll+drop-0.25+layers-1+allocation-proportional+k-4"
+    out = go(world, arms=[arm, "top+budget-5"], selection_rows=9)
+    settings = {"score": "nll", "filter": {"drop": 0.25}, "layers": [1], "allocation": "proportional"}
+    nested = {"output_dir": str(tmp_path / "one"), "threads": 1, "selection_rows": 9, **world, **settings}
+    single = select.run(load(SelectConfig, nested | {"clustering_params": {"k": 4}}))
+    assert read_manifest(single).identity == read_manifest(out / arm).identity
+    assert arm_directory(out, arm, 3) == out / arm
+    assert len(read_selected(out / "top+budget-5")) == 5
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("kmeans+dorp-0.2", "no setting 'dorp'; known: k, drop"),
+        ("kmeans+drop-much", "drop-much is no value of drop"),
+        ("kmeans+layers-", "layers- is no value of layers"),
+        ("kmeans+k-4", "no effect under allocation coverage"),
+        ("top+layers-0", "layers has no effect with method=top"),
+        ("kmeans+layers-7", "the router data has layers 0 to 1"),
+        ("kmeans+budget-2.5", "budget=2.5"),
+        ("selected+drop-0.1", "is unknown"),
+    ],
+)
+def test_settings_that_are_wrong(world: dict[str, str], arm: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        go(world, arms=[arm])

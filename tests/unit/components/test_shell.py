@@ -11,6 +11,7 @@ import pytest
 from components import _shell
 from selectmoe import ingest as ingest_stage
 from selectmoe import manifest as mf
+from selectmoe import runlog
 from selectmoe.errors import Refused, UserError
 from selectmoe.ingest import IngestConfig
 
@@ -44,7 +45,10 @@ def test_a_stages_output_is_the_artifact(tmp_path: Path, monkeypatch: pytest.Mon
     data = rows(tmp_path / "data")
     ingest(first, data, tmp_path / "work")
     manifest = mf.read_manifest(first.path)
-    assert first.metadata == {"stage": "ingest", "identity": manifest.identity, "checksum": manifest.checksum}
+    told = {"stage": "ingest", "identity": manifest.identity, "checksum": manifest.checksum}
+    told |= {"rows_in": 80, "rows_out": 80, "bytes": sum(file["bytes"] for file in manifest.files)}
+    assert told.items() <= first.metadata.items()
+    assert first.metadata["metric_rejected"] == 0.0
     ingest(second, data, tmp_path / "work")
     assert mf.read_manifest(second.path).checksum == manifest.checksum, "finished once, it is not computed again"
     assert [json.loads(line)["stage"] for line in (tmp_path / "events").read_text().splitlines()] == ["ingest"] * 2
@@ -107,5 +111,28 @@ def test_linking_takes_nested_outputs_along(tmp_path: Path) -> None:
 
 
 def test_only_the_oracle_is_told_what_was_planted() -> None:
-    assert _shell.planted('{"arms": ["random", "oracle"]}', "/pool") == "/pool"
-    assert _shell.planted('{"arms": ["random"]}', "/pool") == ""
+    assert _shell.planted('{"arms": ["random", "oracle"]}', "/pool") == {"planted": "/pool"}
+    assert _shell.planted('{"arms": ["random"]}', "/pool") == {}
+
+
+def test_rows_that_changed_since_check_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows(tmp_path / "data")
+    digest = mf.tree_identity(data)
+    given = {"inputs": {"data": str(data)}, "unchanged": {str(data): digest}}
+    _shell.run("ingest", artifact(tmp_path / "a"), '{"holdout": 5}', "c", str(tmp_path / "work"), **given)
+    (data / "three.jsonl").write_bytes((data / "two.jsonl").read_bytes())
+    with pytest.raises(SystemExit) as end:
+        _shell.run("ingest", artifact(tmp_path / "b"), '{"holdout": 5}', "c", str(tmp_path / "work"), **given)
+    assert end.value.code == 2
+    assert "has changed since" in capsys.readouterr().err
+
+
+def test_an_accelerator_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELECTMOE_RUN_ID", "r")
+    hardware = _shell.Hardware("nvidia.com/gpu", 2, "16Gi")
+    expected = pytest.raises(RuntimeError, match="torch sees no device")
+    with expected, _shell.task("warmup", str(tmp_path), hardware):
+        pass
+    told = runlog.tell(str(tmp_path), succeeded=False)
+    assert told["stage"] == "warmup"
+    assert "torch sees no device" in told["reason"]

@@ -44,19 +44,26 @@ def test_the_screen_shows_what_the_stages_say() -> None:
 def test_settings_become_pipeline_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     half = max(1, len(os.sched_getaffinity(0)) // 2)
-    got = local._pipeline_arguments(["preset=tiny", "data=rows.jsonl", "arms=[selected,random]"], tmp_path)
+    got = local._pipeline_arguments(
+        ["preset=tiny", "data=rows.jsonl", "arms=[selected,random]", "report.gate=fail", "k=v", "seeds=4"], tmp_path
+    )
     assert got == {
         "preset": "tiny",
         "data": str(tmp_path / "rows.jsonl"),
         "work_root": str(tmp_path / "work"),
-        "model_root": str(tmp_path / "models"),
-        "overrides": [
-            "arms=[selected,random]",
+        "arms": "selected,random",
+        "gate": "fail",
+        "seeds": 4,
+        "config": [
+            "k=v",
             f"finetune.threads={half}",
             f"evaluate.threads={half}",
             f"demo_dir={tmp_path / 'demo'}",
+            f"model_root={tmp_path / 'models'}",
         ],
     }
+    with pytest.raises(UserError, match="whole number"):
+        local._pipeline_arguments(["seeds=four"], tmp_path)
     with pytest.raises(UserError, match="key=value"):
         local._pipeline_arguments(["tiny"], tmp_path)
 

@@ -63,20 +63,20 @@ def test_the_same_pipeline_is_uploaded_once(server: KfpServer, pipeline: submit.
 
 
 def test_types_are_those_of_the_compiled_pipeline(server: KfpServer) -> None:
-    assert submit.main(["wait=false", "overrides=['arms=[a,b]','k=2']", "budget=0.05"]) == 0
-    assert server.runs[0].runtime_config.parameters == {"overrides": ["arms=[a,b]", "k=2"], "budget": "0.05"}
+    assert submit.main(["wait=false", "config=['arms=[a,b]','k=2']", "budget=0.05"]) == 0
+    assert server.runs[0].runtime_config.parameters == {"config": ["arms=[a,b]", "k=2"], "budget": "0.05"}
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["prest=tiny"], "no parameter 'prest'; nearest: preset"),
-        (["overrides=tiny"], "overrides=tiny must be a list"),
+        (["config=tiny"], "config=tiny must be a list"),
         (["tiny"], "'tiny' is not of the form key=value"),
         (["--force"], "'--force' is not of the form key=value"),
         (["wait=perhaps"], "wait=perhaps must be true or false"),
         (["data=s3://me:pass@host/x"], "data= looks like a credential"),
-        (["overrides=['s3_secret_key=x']"], "overrides= looks like a credential"),
+        (["config=['s3_secret_key=x']"], "config= looks like a credential"),
         (["experiment=nowhere"], "there is no experiment 'nowhere'"),
         (["run_id=1", "preset=tiny"], "leave out preset"),
         (["run_id=1"], "not found"),

@@ -1,1 +1,0 @@
-"""The rows of every other arm: what the selection has to beat, and the controls."""

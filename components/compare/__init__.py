@@ -1,0 +1,1 @@
+"""Many selections side by side."""

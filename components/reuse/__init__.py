@@ -1,0 +1,1 @@
+"""A finished output of another run, proved against its identity."""

@@ -1,0 +1,1 @@
+"""Selection for many settings on one set of router data."""
