@@ -5,10 +5,10 @@ PRESET ?= quick
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock licences clean
+.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock licences clean bench-s3
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
 
 setup: .venv/.done ## build .venv from requirements.lock (CPU torch where there is no GPU); no root needed
 .venv/.done: requirements.lock requirements-demo.txt pyproject.toml scripts/setup.sh
@@ -56,6 +56,9 @@ lock: setup ## resolve requirements.lock anew
 
 licences: setup ## fail on a package whose licence pyproject.toml does not allow
 	@.venv/bin/pip-licenses --summary
+
+bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
+	@$(PYTHON) -m bench.s3 $(ARGS)
 
 clean: ## remove what tools left behind (not .venv, not .selectmoe)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

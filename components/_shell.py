@@ -6,6 +6,9 @@ Imported inside the components' functions (their source is all that KFP carries)
 A stage writes to `WORK_ROOT/finished/STAGE-KEY` and its files are then linked to where KFP wants them: KFP's local
 runner gives every run new folders, so an output that lies only there would be computed again when a run is killed
 between the stage's last byte and KFP's own record of it. With an `s3://` work root the stage writes to KFP's folder.
+
+A large checkpoint is made below `model_root`; where that is `s3://`, it is made in this node's model cache and stored
+from there, and other nodes bring it into theirs (`selectmoe.cache`).
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from selectmoe import cache, runlog, sending
 from selectmoe import manifest as mf
-from selectmoe import runlog, sending
 from selectmoe.config import StageConfig, load
-from selectmoe.errors import Refused, UserError
+from selectmoe.errors import Refused, Unavailable, UserError
 from selectmoe.progress import quiet
 from selectmoe.stage import METRICS
 
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, Refused: 3, Unavailable: 1}
 EVENTS = "SELECTMOE_EVENTS"
 """Environment variable: a file to which every executed task adds a line of JSON (a cached task executes nothing)."""
 
@@ -98,15 +102,29 @@ def run_checkpoint(
     Returns:
         The task's output: the checkpoint as ``{"uri", "digest"}`` (JSON). KFP's artifact holds its manifest only.
     """
-    folder = Path(model_root, _name(stage, config, code, inputs, None))
-    final = Path(artifact.path)
+    name, final = _name(stage, config, code, inputs, None), Path(artifact.path)
     with task(stage, work_root, hardware):
-        output = _call(stage, config, folder, work_root, inputs)
+        output, reference = _made(stage, config, name, work_root, model_root, inputs)
         final.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / mf.NAME, final / mf.NAME)
-        artifact.metadata.update(describe(output), uri=str(output))
+        artifact.metadata.update(describe(output), uri=reference.uri)
         sending.submit(output, work_root)
-    return (json.dumps({"uri": str(output), "digest": artifact.metadata["identity"]}, sort_keys=True),)
+    return (reference.to_json(),)
+
+
+def _made(
+    stage: str, config: str, name: str, work_root: str, model_root: str, inputs: Paths
+) -> tuple[Path, cache.Reference]:
+    """The folder of a large checkpoint on this machine, and its reference; made where it is not there yet."""
+    if not model_root.startswith("s3://"):
+        output = _call(stage, config, Path(model_root, name), work_root, inputs)
+        return output, cache.Reference(str(output), mf.read_manifest(output, verify=False).identity)
+    uri = f"{model_root.rstrip('/')}/{name}"
+    if reference := cache.stored(uri):
+        return cache.fetch(reference), reference
+    output = _call(stage, config, cache.root() / "made" / name, work_root, inputs)
+    reference = cache.store(output, uri)
+    return cache.adopt(output, reference.digest), reference
 
 
 def run_selections(
@@ -149,7 +167,7 @@ def adopt(source: str, code: str, work_root: str) -> tuple[str]:
     """Prove every byte of a checkpoint of the user's own, and hand it on as it is."""
     with task("adopt", work_root) as record:
         record.entry["code"] = code
-        checkpoint(source, verify=True)
+        cache.fetch(cache.Reference(**json.loads(source)), verify=True)
     return (source,)
 
 
@@ -175,29 +193,16 @@ def planted_rows(pool: str) -> str:
     return str(path) if path.is_file() else ""
 
 
-def checkpoint(reference: str, verify: bool = False) -> str:
-    """The path of a checkpoint that is given as ``{"uri", "digest"}`` (JSON).
+def checkpoint(reference: str) -> str:
+    """The folder on this machine of a checkpoint that is given as ``{"uri", "digest"}`` (JSON).
 
-    Args:
-        reference: the JSON.
-        verify: prove every byte; a stage does that itself for each of its inputs, so the manifest is enough for it.
-
-    Raises:
-        UserError: nothing lies there, or something else.
+    What comes from S3 is proved when it is brought here; a stage proves each of its inputs itself. A checkpoint that is
+    gone or has changed ends the task.
     """
-    entry = json.loads(reference)
-    path = Path(entry["uri"])
-    if not path.exists():
-        raise UserError(
-            f"the checkpoint {path} is gone, but KFP's cache still names it: remove the cache and run again"
-        )
-    if verify or not (path / mf.NAME).is_file():
-        found = mf.identity_of(path)
-    else:
-        found = mf.read_manifest(path, verify=False).identity
-    if found != entry["digest"]:
-        raise UserError(f"the checkpoint {path} has changed: its identity is {found[:12]}, not {entry['digest'][:12]}")
-    return str(path)
+    try:
+        return str(cache.fetch(cache.Reference(**json.loads(reference))))
+    except (UserError, Unavailable) as error:  # before the task's own frame
+        _end("checkpoint", error)
 
 
 SELECTED = "selected"
@@ -238,11 +243,14 @@ def _name(stage: str, config: str, code: str, inputs: Paths, values: Mapping[str
 
 
 def _identities(value: str | list[str]) -> list[str]:
-    paths = [value] if isinstance(value, str) else value
-    known = [Path(p) for p in paths]
-    return sorted(
-        mf.read_manifest(p, verify=False).identity if (p / mf.NAME).is_file() else mf.identity_of(p) for p in known
-    )
+    return sorted(_identity(place) for place in ([value] if isinstance(value, str) else value))
+
+
+def _identity(place: str) -> str:
+    """Of an output its manifest's, unproved: the stage proves every input itself."""
+    if not cache.is_remote(place) and (Path(place) / mf.NAME).is_file():
+        return mf.read_manifest(place, verify=False).identity
+    return cache.identity_of(place)
 
 
 def _to_artifact(
@@ -290,17 +298,20 @@ def task(stage: str, work_root: str, hardware: Hardware | None = None) -> Iterat
             _prove(hardware)
         with sending.sending(work_root):
             yield record
-    except (UserError, Refused) as error:
-        code = 2 if isinstance(error, UserError) else 3
-        note(stage=stage, exit=code, message=str(error))
-        record.end(code, str(error))
-        print(f"{stage}: {error}", file=sys.stderr, flush=True)
-        sys.exit(code)
+    except tuple(EXIT_CODES) as error:
+        record.end(EXIT_CODES[type(error)], str(error))
+        _end(stage, error)
     except Exception as error:
         note(stage=stage, exit=1, message=f"{type(error).__name__}: {error}")
         record.end(1, f"{type(error).__name__}: {error}")
         raise
     record.end()
+
+
+def _end(stage: str, error: Exception) -> NoReturn:
+    note(stage=stage, exit=EXIT_CODES[type(error)], message=str(error))
+    print(f"{stage}: {error}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CODES[type(error)])
 
 
 def _prove(hardware: Hardware) -> None:

@@ -1,19 +1,19 @@
 """Checkpoints on disk: find one, read its config, stream its tensors shard by shard, write one with stable bytes.
 
-No command runs this module; `upcycle`, `convert`, `verify` and `warmup` do. A source is a local folder or the hub name
-of a model. At most one shard is in memory at a time.
+No command runs this module; `upcycle`, `convert`, `verify` and `warmup` do. A source is a local folder, `s3://bucket/prefix`
+or the hub name of a model. At most one shard is in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selectmoe import cache
 from selectmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ TOKENIZER_FILES = (
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 """What travels with the weights, byte for byte."""
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -54,10 +52,10 @@ class Source:
 
 
 def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "") -> Source:
-    """Find a checkpoint: a local folder, or a hub name, which is downloaded into the hub's cache.
+    """Find a checkpoint: a local folder, or one on S3 or the hub, which is brought here (`selectmoe.cache`).
 
     Args:
-        source: a path or ``OWNER/NAME``.
+        source: a path, ``s3://bucket/prefix`` or ``OWNER/NAME``.
         model_types: the values of `model_type` that are accepted.
         key: the configuration key that named the source, for messages.
         advice: how to get what would be right.
@@ -65,13 +63,11 @@ def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "
     Raises:
         UserError: nothing is there, it holds no safetensors weights, or it is another kind of model.
     """
-    path = Path(source)
-    if not path.is_dir():
-        path = _download(source, key)
+    path, _ = cache.locate(source, key)
     where = f"{key}={source}"
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{where} holds no config.json: it is not a transformers checkpoint") from None
     except ValueError as error:
         raise UserError(f"{where}: config.json is not JSON ({error})") from None
@@ -82,20 +78,6 @@ def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "
     if not _shards(path):
         raise UserError(f"{where} holds no safetensors weights (model.safetensors, or shards and {INDEX})")
     return Source(path, config)
-
-
-def _download(source: str, key: str) -> Path:
-    """The hub's snapshot of a model."""
-    if not HUB_NAME.fullmatch(source):
-        raise UserError(f"{key}={source} does not exist; expected a checkpoint folder or a hub name like OWNER/NAME")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "config.json", INDEX, *COMPANIONS]
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted, etag_timeout=5))
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of these
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}={source} is neither a local folder nor a model that the hub gives: {reason}") from None
 
 
 def _shards(path: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from selectmoe.errors import Refused, UserError
+from selectmoe.errors import Refused, Unavailable, UserError
 
 STOPPING = threading.Event()
 """Set when a signal ends this process: what the killed children still say is of no interest."""
@@ -35,7 +35,7 @@ def enter(name: str, body: Callable[[], int]) -> int:
         body: the work; returns the exit code.
 
     Returns:
-        0 done, 1 our fault or the world's (after a trace), 2 the user's input, 3 the answer is no, 141 where the reader of
+        0 done, 1 our fault or the world's (after a trace, unless it is a server that does not answer), 2 the user's input, 3 the answer is no, 141 where the reader of
         our output has gone. SIGINT and SIGTERM end the process with 130 and 143.
     """
     try:
@@ -46,6 +46,8 @@ def enter(name: str, body: Callable[[], int]) -> int:
         return _say(name, str(error), 2)
     except Refused as error:
         return _say(name, str(error), 3)
+    except Unavailable as error:
+        return _failed(name, error, trace=False)
     except BrokenPipeError as error:
         if not _reader_gone():
             return _failed(name, error)
@@ -65,9 +67,10 @@ def _say(name: str, text: str, code: int) -> int:
     return code
 
 
-def _failed(name: str, error: Exception) -> int:
+def _failed(name: str, error: Exception, trace: bool = True) -> int:
     """The trace, then one line: what failed, at what stage (the notes of the error), and where it can be read again."""
-    traceback.print_exception(error)
+    if trace:
+        traceback.print_exception(error)
     notes = "; ".join(getattr(error, "__notes__", []))
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return _say(name, f"failed{f' ({notes})' if notes else ''}: {text}", 1)

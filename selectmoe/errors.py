@@ -1,4 +1,4 @@
-"""The two exceptions that mean something to the shell (docs/design.md, "Errors"); everything else is exit code 1.
+"""The exceptions that mean something to the shell (docs/design.md, "Errors"); everything else is exit code 1.
 
 No command runs this module; `selectmoe.cli` turns these into exit codes.
 """
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class Refused(Exception):
     """It ran, and the answer is no (a difference found, a gate that does not open): exit code 3."""
+
+
+class Unavailable(OSError):
+    """The world failed, after retries (a server does not answer): exit code 1. The message is one line."""

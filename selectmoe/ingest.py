@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selectmoe import stage
+from selectmoe import cache, stage
 from selectmoe.config import StageConfig, group, identity, input_
 from selectmoe.corruption import CORRUPTIONS, check_kinds, corrupt
 from selectmoe.errors import UserError
@@ -71,7 +71,9 @@ class PlantConfig:
 class IngestConfig(StageConfig):
     """Configuration of `ingest`."""
 
-    data: str = input_("", doc="a file of rows, or a folder of datasets; takes the place of dataset.local.data_dir")
+    data: str = input_(
+        "", doc="a file of rows, or a folder of datasets, here or at s3://; takes the place of dataset.local.data_dir"
+    )
     dataset: DatasetConfig = group(DatasetConfig)
     holdout: float | None = identity(
         None,
@@ -118,8 +120,9 @@ def find_datasets(config: IngestConfig) -> dict[str, Path]:
         UserError: nothing is there, a dataset that is named is not, a name cannot be a file name, two have one name, or
             the folder is an output of `ingest` already.
     """
-    root = Path(config.data or config.dataset.local.data_dir)
+    given = config.data or config.dataset.local.data_dir
     key = "data" if config.data else "dataset.local.data_dir"
+    root = cache.locate(given, key)[0] if given.startswith("s3://") else Path(given)
     if not root.exists():
         raise UserError(f"{key}={root} does not exist: name a file of rows, or a folder of datasets")
     if (root / MANIFEST).is_file():

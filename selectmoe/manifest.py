@@ -150,6 +150,27 @@ def _checksum(m: Manifest) -> str:
     return digest({k: v for k, v in dataclasses.asdict(m).items() if k != "checksum"})
 
 
+def parse_manifest(text: str, where: Path | str) -> Manifest:
+    """The manifest in a text, proved against its own checksum.
+
+    Args:
+        text: content of a `manifest.json`.
+        where: where it lies, for messages.
+
+    Raises:
+        UserError: it is none, of another schema, or was edited.
+    """
+    try:
+        manifest = Manifest(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} cannot be read as a manifest: {error}") from None
+    if manifest.schema != SCHEMA:
+        raise UserError(f"{where} has schema {manifest.schema}; this version reads {SCHEMA}")
+    if manifest.checksum != _checksum(manifest) or manifest.identity != _identity(manifest):
+        raise UserError(f"{where} was changed after it was written: its checksum does not fit")
+    return manifest
+
+
 def read_manifest(directory: Path | str, verify: bool = True) -> Manifest:
     """Read an output's manifest and, unless told otherwise, prove the files against it.
 
@@ -160,20 +181,23 @@ def read_manifest(directory: Path | str, verify: bool = True) -> Manifest:
     path = directory / NAME
     if not path.is_file():
         raise UserError(f"{directory} has no {NAME}: it is not a finished output of Select-MoE")
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a manifest: {error}") from None
-    if manifest.schema != SCHEMA:
-        raise UserError(f"{path} has schema {manifest.schema}; this version reads {SCHEMA}")
-    if manifest.checksum != _checksum(manifest) or manifest.identity != _identity(manifest):
-        raise UserError(f"{path} was changed after it was written: its checksum does not fit")
+    manifest = parse_manifest(path.read_text(encoding="utf-8"), path)
     if verify:
-        _verify_files(directory, manifest)
+        verify_files(directory, manifest)
     return manifest
 
 
-def _verify_files(directory: Path, manifest: Manifest) -> None:
+def verify_files(directory: Path, manifest: Manifest, content: bool = True) -> None:
+    """Prove the files of a folder against a manifest.
+
+    Args:
+        directory: the folder.
+        manifest: what it should hold.
+        content: read every file; without, only names and sizes are compared.
+
+    Raises:
+        UserError: a file is missing, foreign or changed (named).
+    """
     listed = {f["path"]: f for f in manifest.files}
     present = {p.relative_to(directory).as_posix() for p in own_files(directory)}
     if missing := sorted(set(listed) - present):
@@ -182,7 +206,7 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
         raise UserError(f"{directory}: {foreign[0]} is foreign (its manifest does not list it)")
     for name, entry in listed.items():
         path = directory / name
-        if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or (content and sha256_file(path) != entry["sha256"]):
             raise UserError(f"{directory}: {name} does not have the bytes that its manifest lists")
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 INTERVAL = 10.0
 """Seconds between two plain lines."""
+LARGE = 64 << 20
+"""Bytes from which on a transfer is worth a bar."""
 LIBRARIES = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -66,3 +70,46 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: s
             print(
                 f"{desc}: {n}/{total if total is not None else '?'} {unit}, {rate:.2f} {unit}/s{left}", file=sys.stderr
             )
+
+
+@contextmanager
+def transfer(desc: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far a transfer of bytes is; nothing for a small one.
+
+    Args:
+        desc: what is moved.
+        total: bytes to move.
+
+    Yields:
+        A function to be told how many bytes were moved since it was last told; threads may call it.
+    """
+    if total < LARGE:
+        yield lambda moved: None
+        return
+    lock = threading.Lock()
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc=desc, total=total, unit="B", unit_scale=True, file=sys.stderr, disable=False) as bar:
+
+            def show(moved: int) -> None:
+                with lock:
+                    bar.update(moved)
+
+            yield show
+        return
+    start = last = time.monotonic()
+    done = 0
+
+    def say(moved: int) -> None:
+        nonlocal done, last
+        with lock:
+            done += moved
+            now = time.monotonic()
+            if now - last >= INTERVAL:
+                last = now
+                rate = done / (now - start)
+                left = f", {(total - done) / rate:.0f} s left" if rate else ""
+                print(f"{desc}: {done >> 20}/{total >> 20} MiB, {rate / 2**20:.1f} MiB/s{left}", file=sys.stderr)
+
+    yield say

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selectmoe import journal
+from selectmoe import cache, journal
 from selectmoe import manifest as mf
 from selectmoe.config import MISSING, StageConfig, flatten, values
 from selectmoe.errors import UserError
@@ -159,9 +159,9 @@ class Output:
 def input_entry(value: str | list[str]) -> dict[str, str]:
     """URI and identity of one input, or of a list whose order does not matter."""
     if isinstance(value, list):
-        ids = sorted(mf.identity_of(v) for v in value)
+        ids = sorted(cache.identity_of(v) for v in value)
         return {"uri": " ".join(value), "identity": mf.digest(ids)}
-    return {"uri": str(value), "identity": mf.identity_of(value)}
+    return {"uri": value, "identity": cache.identity_of(value)}
 
 
 @contextmanager
