@@ -119,10 +119,11 @@ def _made(
     if not model_root.startswith("s3://"):
         output = _call(stage, config, Path(model_root, name), work_root, inputs)
         return output, cache.Reference(str(output), mf.read_manifest(output, verify=False).identity)
-    uri = f"{model_root.rstrip('/')}/{name}"
-    if reference := cache.stored(uri):
+    uri, folder = f"{model_root.rstrip('/')}/{name}", cache.root() / "made" / name
+    reference = cache.stored(uri)
+    if reference and not (folder / mf.NAME).is_file():
         return cache.fetch(reference), reference
-    output = _call(stage, config, cache.root() / "made" / name, work_root, inputs)
+    output = _call(stage, config, folder, work_root, inputs)
     reference = cache.store(output, uri)
     return cache.adopt(output, reference.digest), reference
 

@@ -230,9 +230,9 @@ def _from_s3(uri: str, key: str) -> Path:
     """Bring what lies at a URI, whatever it is: an output with a manifest, a folder of files, or one object."""
     uri = uri.rstrip("/")
     source = S3Store(uri)
-    if finished := stored(uri):
-        return _fetch(finished, root())
     entries = source.entries()
+    if mf.NAME in {entry.name for entry in entries} and (finished := stored(uri)):
+        return _fetch(finished, root())
     single = ""
     if not entries:
         parent, _, single = uri.rpartition("/")

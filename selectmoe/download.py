@@ -224,7 +224,7 @@ def download(
     Raises:
         UserError: an object is gone, keeps changing, or does not have the SHA-256 that is known.
     """
-    for _ in range(3):
+    for _ in range(2):
         failed = _round(client, bucket, files, desc)
         if not failed:
             return

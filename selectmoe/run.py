@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectmoe import manifest
+from selectmoe import cache, manifest
 from selectmoe.baseline import BaselineConfig
 from selectmoe.config import StageConfig, execution, group, identity, input_, leaves, load
 from selectmoe.convert import ConvertConfig
@@ -79,7 +79,9 @@ class RunConfig(StageConfig):
     shards: int = execution(1, doc="processes that share the routing; the result does not depend on it")
     demo: str = execution("", doc="rows and model from installed packages, of this size: quick, full or tiny")
     demo_dir: str = execution(".selectmoe/demo", doc="where the demo's rows and model lie")
-    model_root: str = execution("", doc="folder for large checkpoints; default: OUTPUT_DIR")
+    model_root: str = execution(
+        "", doc="folder for large checkpoints, or s3:// to keep them there too; default: OUTPUT_DIR"
+    )
     ingest: IngestConfig = group(IngestConfig)
     upcycle: UpcycleConfig = group(UpcycleConfig)
     pretrain: PretrainConfig = group(PretrainConfig)
@@ -230,13 +232,17 @@ class Chain:
 
     def do(self, name: str, folder: str = "", **given: Any) -> str:
         """Run one stage with the plan's configuration and these paths; returns its output folder."""
-        large = name in ("upcycle", "pretrain", "convert") and self.config.model_root
-        output = Path(self.config.model_root if large else self.root) / (folder or name)
+        models = self.config.model_root if name in ("upcycle", "pretrain", "convert") else ""
+        remote = models.startswith("s3://")
+        output = Path(self.root if remote else models or self.root) / (folder or name)
         paths = given | {"output_dir": str(output), "work_root": self.config.work_root}
         print(f"[{folder or name}]", flush=True)
         settings = load(CONFIGS[name], self.plan.stages[name], **paths)
         with at_stage(folder or name):
-            return str(importlib.import_module(f"selectmoe.{name}").run(settings))
+            made = importlib.import_module(f"selectmoe.{name}").run(settings)
+            if remote:
+                cache.store(made, f"{models.rstrip('/')}/{name}")
+        return str(made)
 
     def tune(self, selection: str, baselines: str, holdout: str, target: str) -> list[str]:
         """Fine-tune and evaluate every arm with every seed, and evaluate the base model; the folders of all of it."""

@@ -92,8 +92,7 @@ def s3_server(tmp_path_factory):
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path_factory):
     """The S3 server behind a proxy, with right credentials, and an empty model cache; the proxy."""
-    proxy = Proxy(s3_server[0])
-    proxy.folder = s3_server[1]
+    proxy = Proxy(*s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "right-secret")

@@ -10,12 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
 @dataclass
 class Fault:
-    """What goes wrong: `kind` is status, reset-request, reset-response, slow, as-200 (a range is not called one) or whole (ranges are ignored)."""
+    """What goes wrong.
+
+    `kind` is status, reset-request, reset-response, cut (the body ends early), slow, as-200 (a range is not called one),
+    whole (ranges are ignored), or none.
+    """
 
     kind: str
     method: str = "GET"
@@ -29,8 +34,9 @@ class Fault:
 class Proxy:
     """Serves at `url` until `close`; `seen` holds (method, path, Range, status) of every request, in order of arrival."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, folder: Path) -> None:
         self.target = target.removeprefix("http://")
+        self.folder = folder
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str, str, int]] = []
         self.before: Callable[[str, str], object] | None = None
@@ -96,18 +102,27 @@ class Proxy:
                 there = http.client.HTTPConnection(proxy.target)
                 there.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
-                    if name.lower() not in ("connection", "expect") and not (fault.kind == "whole" and name == "Range"):
+                    if name.lower() not in ("connection", "expect"):
                         there.putheader(name, value)
                 there.endheaders(body)
                 answer = there.getresponse()
                 data = answer.read()
                 there.close()
-                status = 200 if fault.kind == "as-200" else answer.status
+                status = 200 if fault.kind in ("as-200", "whole") else answer.status
+                dropped = {"connection", "transfer-encoding", "date", "server"}
+                if fault.kind == "whole":
+                    data = (proxy.folder / self.path.lstrip("/").split("?")[0]).read_bytes()
+                if self.command != "HEAD":
+                    dropped |= {"content-length"}
+                if fault.kind == "whole":
+                    dropped |= {"content-range"}
                 self.note(status)
                 self.send_response(status)
                 for name, value in answer.getheaders():
-                    if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                    if name.lower() not in dropped:
                         self.send_header(name, value)
+                if self.command != "HEAD":
+                    self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 try:
                     if fault.kind == "reset-response":
@@ -115,6 +130,9 @@ class Proxy:
                         self.wfile.flush()
                         time.sleep(0.05)
                         self.reset()
+                    elif fault.kind == "cut":
+                        self.wfile.write(data[: fault.after])
+                        self.close_connection = True
                     elif self.command != "HEAD":
                         self.wfile.write(data)
                 except OSError:

@@ -68,7 +68,7 @@ def test_a_missing_bucket_and_a_missing_right(s3):
     with pytest.raises(UserError, match="these credentials may not write there"):
         prove_store("s3://bucket/x")
     with pytest.raises(UserError, match="cannot be a place on S3"):
-        prove_store("s3://B_/x")
+        prove_store("s3://a b/x")
 
 
 def test_a_server_that_stays_down_is_exit_code_1_in_one_line(s3, monkeypatch, capsys):
