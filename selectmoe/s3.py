@@ -102,7 +102,13 @@ def _of_boto(uri: str, error: Exception) -> Exception:
     from botocore import exceptions as boto
 
     kind = type(error).__name__
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+    missing = (
+        boto.NoCredentialsError,
+        boto.PartialCredentialsError,
+        boto.CredentialRetrievalError,
+        boto.ProfileNotFound,
+    )
+    if isinstance(error, missing):
         return UserError(f"{uri}: no credentials ({kind}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ParamValidationError):
         return UserError(f"{uri} cannot be a place on S3: expected s3://bucket/prefix with a valid bucket name")

@@ -118,7 +118,8 @@ class S3Store:
     def __init__(self, uri: str, attempts: int = ATTEMPTS) -> None:
         self.bucket, prefix = split_s3(uri)
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
-        self.client = s3_client(attempts)
+        with explained(uri):
+            self.client = s3_client(attempts)
 
     def uri(self, name: str = "") -> str:
         """Where an object lies, or the root."""
