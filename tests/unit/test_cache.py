@@ -215,7 +215,7 @@ def test_a_task_makes_its_checkpoint_on_s3(tmp_path, s3, uri, monkeypatch):
         return output(folder)
 
     monkeypatch.setattr(_shell, "_call", call)
-    monkeypatch.setattr(_shell.tracking, "submit", lambda *given: None)
+    monkeypatch.setattr(_shell.sending, "submit", lambda *given: None)
     references = []
     for n, home in enumerate(["one", "one", "two"]):
         monkeypatch.setenv(cache.CACHE, str(tmp_path / home))
