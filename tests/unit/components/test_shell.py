@@ -12,7 +12,7 @@ from components import _shell
 from selectmoe import ingest as ingest_stage
 from selectmoe import manifest as mf
 from selectmoe import runlog
-from selectmoe.errors import Refused, UserError
+from selectmoe.errors import Refused
 from selectmoe.ingest import IngestConfig
 
 
