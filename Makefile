@@ -3,9 +3,12 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PRESET ?= quick
 DATA ?=
+TARGET ?= cpu
+TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock licences clean bench-s3
+.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock \
+        image image-test sbom licences clean bench-s3
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -53,6 +56,15 @@ compile: setup ## write pipelines/select_moe/pipeline.yaml
 
 lock: setup ## resolve requirements.lock anew
 	@scripts/lock.sh
+
+image: ## build the image: TARGET=cpu|gpu, TAG=select-moe:dev; Docker or Podman, no .venv needed
+	@python3 image/build.py --target $(TARGET) --tag $(TAG) $(ARGS)
+
+image-test: setup ## build the image in a stock Docker engine and try it, hardened (root)
+	@$(PYTHON) -m pytest tests/image -q -n 0 -rs --timeout 1200
+
+sbom: setup ## build/sbom.cdx.json: what is installed here, as CycloneDX
+	@scripts/sbom.sh
 
 licences: setup ## fail on a package whose licence pyproject.toml does not allow
 	@.venv/bin/pip-licenses --summary
