@@ -152,9 +152,15 @@ def main(arguments: list[str]) -> int:
         from pipelines import submit
 
         return submit.main(arguments[1:])
+    if arguments[:1] == ["trainjob"]:
+        from pipelines import trainjob
+
+        return trainjob.main(arguments[1:])
     try:
         if arguments[:1] != ["compile"]:
-            raise UserError(f"usage: python -m pipelines compile [{'= '.join(KEYS)}=] | submit ... (submit --help)")
+            raise UserError(
+                f"usage: python -m pipelines compile [{'= '.join(KEYS)}=] | submit ... | trainjob ... (submit --help)"
+            )
         given = _given(arguments[1:])
         print(compile_for_a_site(given) if given else compile_all()[0])
     except UserError as error:

@@ -1,6 +1,6 @@
 """Run the compiled pipeline on a cluster.
 
-    python -m pipelines submit endpoint=http://localhost:8888 preset=quick work_root=s3://bucket/work
+    python -m pipelines submit endpoint=http://localhost:8888 profile=site.yaml work_root=s3://bucket/work
     python -m pipelines submit endpoint=http://localhost:8888 run_id=ID
     python -m pipelines submit --help
 
@@ -44,6 +44,7 @@ class Options:
 
     endpoint: str = _option("", "URL of the KFP API; default KF_PIPELINES_ENDPOINT, in a pod the cluster's own")
     namespace: str = _option("", "namespace of a Kubeflow with several users; in a pod its own")
+    profile: str = _option("", "YAML of the site (pipelines/profile.py); default the one for development")
     experiment: str = _option("Default", "KFP experiment of the run")
     create_experiment: bool = _option(False, "make the experiment where there is none")
     run_name: str = _option("", "name of the run; default the pipeline's name and the time")
@@ -78,16 +79,20 @@ class Compiled:
         return dict(self.spec["root"].get("inputDefinitions", {}).get("parameters", {}))
 
 
-def compiled() -> Compiled:
-    """Compile the pipeline as `python -m pipelines compile` does."""
-    import yaml
-    from kfp import compiler
+def compiled(profile: str = "") -> Compiled:
+    """Compile the pipeline as `python -m pipelines compile` does.
 
-    from pipelines.select_moe.pipeline import select_moe
+    Args:
+        profile: YAML of the site; empty: the profile for development.
+    """
+    import yaml
+
+    from pipelines.__main__ import compile_pipeline
+    from pipelines.profile import DEVELOPMENT, load
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "pipeline.yaml")
-        compiler.Compiler().compile(select_moe, str(target))
+        compile_pipeline("select_moe", load(profile) if profile else DEVELOPMENT, target)
         text = target.read_bytes()
     return Compiled(text, next(yaml.safe_load_all(text)))
 
@@ -237,10 +242,16 @@ def usage(pipeline: Compiled) -> str:
         lines.append(f"  {option.name}\n      {option.metadata['doc']} [default {default}]")
     lines += ["", f"parameters of the pipeline {pipeline.name}:"]
     for name, entry in pipeline.parameters.items():
-        default = json.dumps(entry["defaultValue"]) if "defaultValue" in entry else "required"
+        default = json.dumps(_default(entry)) if "defaultValue" in entry else "required"
         lines.append(f"  {name}\n      {' '.join(str(entry.get('description', '')).split())} [{default}]")
     lines += ["", "exit codes: 0 succeeded, 1 the run failed or the server is away, 2 your input, 3 the gate said no"]
     return "\n".join(lines)
+
+
+def _default(entry: Mapping[str, Any]) -> Any:
+    """A parameter's default; the compiled pipeline writes whole numbers as fractions."""
+    value = entry["defaultValue"]
+    return int(value) if entry["parameterType"] == "NUMBER_INTEGER" else value
 
 
 def _again(options: Options, run_id: str) -> str:
@@ -256,7 +267,8 @@ def command(arguments: Sequence[str]) -> None:
     Raises:
         UserError, Refused, RunFailed, Unavailable: see `main`.
     """
-    pipeline = compiled()
+    profiles = [word.partition("=")[2] for word in arguments if word.startswith("profile=")]
+    pipeline = compiled(*profiles[-1:])
     if {"--help", "-h"} & set(arguments):
         print(usage(pipeline))
         return

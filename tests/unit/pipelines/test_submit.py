@@ -20,6 +20,8 @@ from tests.kfp_server import KfpServer, node
 
 ENVIRONMENT = (kfp_api.ENDPOINT, kfp_api.TOKEN, "KUBERNETES_SERVICE_HOST", "KF_PIPELINES_UI_ENDPOINT")
 
+WORK = "work_root=s3://bucket/work"
+
 
 @pytest.fixture(scope="session")
 def pipeline() -> submit.Compiled:
@@ -33,10 +35,16 @@ def server(monkeypatch: pytest.MonkeyPatch, pipeline: submit.Compiled) -> Iterat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(kfp_api, "DELAYS", (0.01,) * 5)
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(submit, "compiled", lambda: pipeline)
+    monkeypatch.setattr(submit, "compiled", lambda *_: pipeline)
     with KfpServer() as running:
         monkeypatch.setenv(kfp_api.ENDPOINT, running.url)
         yield running
+
+
+def main(words: list[str]) -> int:
+    """The command, with the one parameter that a run must have."""
+    own = any(word.startswith(("run_id=", "work_root=", "--help")) for word in words)
+    return submit.main(words if own else [*words, WORK])
 
 
 def failing(*nodes: Any) -> list[Any]:
@@ -44,18 +52,18 @@ def failing(*nodes: Any) -> list[Any]:
 
 
 def test_a_run_is_started_and_followed(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit.main(["preset=tiny", "run_name=first"]) == 0
+    assert main(["preset=tiny", "run_name=first"]) == 0
     out, err = capsys.readouterr()
     (run,) = server.runs
     assert out == f"{run.run_id}\n"
     assert f"{server.url}/#/runs/details/{run.run_id}" in err
     assert "check  0/" in err
     assert run.display_name == "first"
-    assert run.runtime_config.parameters == {"preset": "tiny"}
+    assert run.runtime_config.parameters == {"preset": "tiny", "work_root": "s3://bucket/work"}
 
 
 def test_the_same_pipeline_is_uploaded_once(server: KfpServer, pipeline: submit.Compiled) -> None:
-    assert submit.main(["wait=false"]) == submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == main(["wait=false"]) == 0
     (version,) = server.versions
     assert version.display_name == pipeline.version
     assert len(server.runs) == 2
@@ -63,8 +71,13 @@ def test_the_same_pipeline_is_uploaded_once(server: KfpServer, pipeline: submit.
 
 
 def test_types_are_those_of_the_compiled_pipeline(server: KfpServer) -> None:
-    assert submit.main(["wait=false", "config=['arms=[a,b]','k=2']", "budget=0.05"]) == 0
-    assert server.runs[0].runtime_config.parameters == {"config": ["arms=[a,b]", "k=2"], "budget": "0.05"}
+    assert main(["wait=false", "config=['arms=[a,b]','k=2']", "budget=0.05", "shards=3"]) == 0
+    assert server.runs[0].runtime_config.parameters == {
+        "config": ["arms=[a,b]", "k=2"],
+        "budget": "0.05",
+        "shards": 3,
+        "work_root": "s3://bucket/work",
+    }
 
 
 @pytest.mark.parametrize(
@@ -72,6 +85,7 @@ def test_types_are_those_of_the_compiled_pipeline(server: KfpServer) -> None:
     [
         (["prest=tiny"], "no parameter 'prest'; nearest: preset"),
         (["config=tiny"], "config=tiny must be a list"),
+        (["shards=two"], "shards=two must be a whole number"),
         (["tiny"], "'tiny' is not of the form key=value"),
         (["--force"], "'--force' is not of the form key=value"),
         (["wait=perhaps"], "wait=perhaps must be true or false"),
@@ -89,7 +103,7 @@ def test_types_are_those_of_the_compiled_pipeline(server: KfpServer) -> None:
 def test_mistakes_of_the_user(
     server: KfpServer, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    assert submit.main(words) == 2
+    assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err
@@ -112,9 +126,17 @@ def test_the_types_that_our_pipeline_does_not_have() -> None:
 
 
 def test_an_experiment_is_made_on_demand(server: KfpServer) -> None:
-    assert submit.main(["wait=false", "experiment=new", "create_experiment=true"]) == 0
+    assert main(["wait=false", "experiment=new", "create_experiment=true"]) == 0
     assert [item.display_name for item in server.experiments] == ["Default", "new"]
     assert server.runs[0].experiment_id == server.experiments[1].experiment_id
+
+
+def test_a_profile_makes_another_version(pipeline: submit.Compiled, tmp_path: Path) -> None:
+    image = "registry.example.org/select-moe@sha256:" + "0" * 64
+    (tmp_path / "site.yaml").write_text(f"image: {image}\n")
+    other = submit.compiled(str(tmp_path / "site.yaml"))
+    assert image.encode() in other.text
+    assert other.version != pipeline.version
 
 
 def test_a_word_of_both_kinds_counts_twice() -> None:
@@ -127,9 +149,9 @@ def test_a_word_of_both_kinds_counts_twice() -> None:
 def test_dry_run_sends_nothing(
     server: KfpServer, capsys: pytest.CaptureFixture[str], pipeline: submit.Compiled
 ) -> None:
-    assert submit.main(["--dry-run", "preset=tiny", "service_account=runner"]) == 0
+    assert main(["--dry-run", "preset=tiny", "service_account=runner"]) == 0
     sent = json.loads(capsys.readouterr().out)
-    assert sent["run"]["runtime_config"] == {"parameters": {"preset": "tiny"}}
+    assert sent["run"]["runtime_config"] == {"parameters": {"preset": "tiny", "work_root": "s3://bucket/work"}}
     assert sent["run"]["service_account"] == "runner"
     assert sent["upload_unless_there"]["name"] == pipeline.version
     assert server.calls == []
@@ -143,7 +165,7 @@ def test_the_tasks_of_the_compiled_pipeline(pipeline: submit.Compiled) -> None:
 
 
 def test_help_lists_options_and_parameters(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert {"  create_experiment", "  preset", "  run_id"} <= set(out.splitlines())
 
@@ -152,16 +174,16 @@ def test_a_token_from_the_environment_or_a_file(
     server: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server.token = "right-token"
-    assert submit.main(["wait=false"]) == 2
+    assert main(["wait=false"]) == 2
     monkeypatch.setenv(kfp_api.TOKEN, "wrong-token")
-    assert submit.main(["wait=false"]) == 2
+    assert main(["wait=false"]) == 2
     err = capsys.readouterr().err
     assert err.count("wants to know who you are (answer 401): set KF_PIPELINES_TOKEN or token_file=FILE") == 2
     assert "wrong-token" not in err
     (tmp_path / "token").write_text("right-token\n")
-    assert submit.main(["wait=false", f"token_file={tmp_path / 'token'}"]) == 0
+    assert main(["wait=false", f"token_file={tmp_path / 'token'}"]) == 0
     monkeypatch.setenv(kfp_api.TOKEN, "right-token")
-    assert submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == 0
     assert "right-token" not in "".join(capsys.readouterr())
 
 
@@ -175,35 +197,35 @@ def test_in_a_pod(server: KfpServer, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(kfp_api, "NAMESPACE_FILE", tmp_path / "namespace")
     assert kfp_api.find_endpoint("") == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
     monkeypatch.setattr(kfp_api, "IN_CLUSTER", server.url)
-    assert submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == 0
     assert server.pipelines[0].namespace == "team-a"
 
 
 def test_namespaces(server: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     server.namespaces = ("team-a",)
     monkeypatch.setattr(kfp_api, "NAMESPACE_FILE", Path("/nowhere"))
-    assert submit.main(["wait=false"]) == 2
+    assert main(["wait=false"]) == 2
     assert "namespace= is needed" in capsys.readouterr().err
-    assert submit.main(["wait=false", "namespace=team-b"]) == 2
+    assert main(["wait=false", "namespace=team-b"]) == 2
     assert "you may not do that in namespace team-b (answer 403)" in capsys.readouterr().err
-    assert submit.main(["wait=false", "namespace=team-a"]) == 0
+    assert main(["wait=false", "namespace=team-a"]) == 0
 
 
 def test_without_an_endpoint(server: KfpServer, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.delenv(kfp_api.ENDPOINT)
-    assert submit.main([]) == 2
+    assert main([]) == 2
     assert "endpoint= (or KF_PIPELINES_ENDPOINT) is needed" in capsys.readouterr().err
 
 
 def test_nobody_there(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit.main(["endpoint=http://127.0.0.1:9"]) == 1
+    assert main(["endpoint=http://127.0.0.1:9"]) == 1
     assert "http://127.0.0.1:9: no answer (NewConnectionError), 6 times in a row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("fault", "said"), [("html", "is no Kubeflow Pipelines API"), ("login", "(answer 302)")])
 def test_another_server(server: KfpServer, capsys: pytest.CaptureFixture[str], fault: str, said: str) -> None:
     server.faults = [("healthz", fault)]
-    assert submit.main([]) == 2
+    assert main([]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -211,31 +233,31 @@ def test_another_server(server: KfpServer, capsys: pytest.CaptureFixture[str], f
 def test_a_server_that_is_away_for_a_while(server: KfpServer, what: int | str) -> None:
     calls = ["healthz", "GET /experiments", "POST /pipelines$", "GET .*/versions", "upload", "POST /runs", "GET /runs/"]
     server.faults = [(call, what) for call in calls for _ in range(3)]
-    assert submit.main([]) == 0
+    assert main([]) == 0
     assert (len(server.runs), len(server.pipelines), len(server.versions)) == (1, 1, 1)
 
 
 def test_a_server_that_stays_away(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.faults = [("GET /pipelines", 500)] * 6
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "answer 500: fault 500, 6 times in a row" in capsys.readouterr().err
 
 
 def test_a_lost_answer_does_not_start_a_second_run(server: KfpServer) -> None:
     server.faults = [("POST /runs", "lose")]
-    assert submit.main(["run_name=mine"]) == submit.main(["run_name=mine"]) == 0
+    assert main(["run_name=mine"]) == main(["run_name=mine"]) == 0
     assert len(server.runs) == 2
 
 
 def test_somebody_else_uploads_meanwhile(server: KfpServer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == 0
     seen: list[int] = []
     listing = server._list_versions
     monkeypatch.setattr(server, "_list_versions", lambda *a, **k: (seen.append(1), _late(listing, seen, *a, **k))[1])
-    assert submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == 0
     assert (len(server.versions), len(server.runs), len(seen)) == (1, 2, 2)
     monkeypatch.setattr(server, "_list_versions", lambda *a, **k: _late(listing, [1], *a, **k))
-    assert submit.main(["wait=false"]) == 2
+    assert main(["wait=false"]) == 2
     assert "the name is taken where you may not see it" in capsys.readouterr().err
 
 
@@ -254,28 +276,28 @@ def test_a_failed_task_is_named_with_its_message(server: KfpServer, capsys: pyte
         node("warmup", "FAILED", children=["pod-1"]),
         node("executor", "FAILED", "OOMKilled (exit code 137)", pod="pod-1"),
     )
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "pipelines submit: warmup failed: OOMKilled (exit code 137) (" in capsys.readouterr().err
 
 
 def test_a_task_that_could_not_start_is_named(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = failing(node("ingest-driver", "FAILED", "secret s3 not found"), node("ingest", "SKIPPED"))
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "ingest failed: secret s3 not found" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_as_a_whole(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = failing(node("root-driver", "FAILED", "no such bucket"))
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "root failed: no such bucket" in capsys.readouterr().err
     server.script = [("FAILED", [])]
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "the run failed before any task" in capsys.readouterr().err
 
 
 def test_a_cancelled_run(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = [("RUNNING", []), ("CANCELING", []), ("CANCELED", [])]
-    assert submit.main([]) == 1
+    assert main([]) == 1
     assert "the run was canceled" in capsys.readouterr().err
 
 
@@ -292,7 +314,7 @@ def test_the_gate(message: str, code: int) -> None:
 def test_the_gate_is_exit_code_3(server: KfpServer, monkeypatch: Any, capsys: Any) -> None:
     server.script = failing(node("report", "FAILED", "not convincing"))
     monkeypatch.setattr(follow, "GATE", "report")
-    assert submit.main([]) == 3
+    assert main([]) == 3
     assert "the gate said no: not convincing" in capsys.readouterr().err
 
 
@@ -303,13 +325,13 @@ def _run(state: str, details: list[Any]) -> Any:
 
 
 def test_following_survives_a_lost_connection(server: KfpServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submit.main(["wait=false"]) == 0
+    assert main(["wait=false"]) == 0
     run_id = capsys.readouterr().out.strip()
     server.script = [("RUNNING", [node("route", "RUNNING"), node("route", "RUNNING")])] * 2 + [("SUCCEEDED", [])]
     server.faults = [("healthz", "drop"), ("GET /runs/", "drop")]
     read = server._get_run
     server._get_run = lambda *a, **k: (server.faults.extend([("GET /runs/", "drop")] * 9), read(*a, **k))[1]  # type: ignore
-    assert submit.main([f"run_id={run_id}"]) == 0
+    assert main([f"run_id={run_id}"]) == 0
     err = capsys.readouterr().err
     assert "trying again" in err
     assert "route x2" in err
@@ -339,7 +361,7 @@ def test_progress_counts_tasks_and_not_nodes() -> None:
 
 def test_interrupted_the_run_goes_on(server: KfpServer) -> None:
     server.script = [("RUNNING", [node("check", "RUNNING")])]
-    command = [sys.executable, "-m", "pipelines", "submit", f"endpoint={server.url}"]
+    command = [sys.executable, "-m", "pipelines", "submit", f"endpoint={server.url}", WORK]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **streams)  # type: ignore
     assert process.stdout
