@@ -4,13 +4,17 @@ Blocks marked `bash` are run. Blocks marked `bash long` or `bash cluster` are ch
 `selectmoe` stage and every key in them exists.
 """
 
+import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipelines.__main__ import TARGET
+from pipelines.submit import FLAGS, Options
 from selectmoe.cli import STAGES, TOOLS, config_class
 from selectmoe.config import leaves
 
@@ -46,6 +50,12 @@ def check_names(words: list[str]) -> None:
     elif words[0].endswith("selectmoe"):
         assert words[1] in {**STAGES, **TOOLS}
         check_keys(words[1], words[2:])
+    elif words[:4] == ["python", "-m", "pipelines", "submit"]:
+        compiled = yaml.safe_load((ROOT / TARGET).read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Options)} | {*FLAGS}
+        known |= {*compiled["root"]["inputDefinitions"]["parameters"]}
+        for word in words[4:]:
+            assert word.split("=", 1)[0] in known, word
     else:
         pytest.fail(f"unknown command: {words[0]}")
 
