@@ -86,7 +86,7 @@ def at_stage(stage: str, log: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, Refused, BrokenPipeError):
+    except (UserError, Refused, Unavailable, BrokenPipeError):
         raise
     except Exception as error:
         if not hasattr(error, "__notes__"):

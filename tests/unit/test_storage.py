@@ -71,12 +71,13 @@ def test_a_missing_bucket_and_a_missing_right(s3):
         prove_store("s3://a b/x")
 
 
-def test_a_server_that_stays_down_is_exit_code_1_in_one_line(s3, monkeypatch, capsys):
+def test_a_server_that_stays_down_is_exit_code_1_in_one_line(s3, monkeypatch, capsys, tmp_path):
     s3.faults = [Fault("status", method, times=99) for method in ("GET", "PUT")]
     with pytest.raises(Unavailable, match=r"answered 503 \(503\) at every attempt"):
         S3Store("s3://bucket/x", attempts=2).put_bytes("a", b"")
     monkeypatch.setattr("selectmoe.cache.S3Store", lambda uri: S3Store(uri, attempts=2))
-    assert cli.main(["ingest", "data=s3://bucket/rows", "output_dir=never"]) == 1
+    assert cli.main(["ingest", "data=s3://bucket/rows", f"output_dir={tmp_path / 'out'}"]) == 1
+    assert not (tmp_path / "out").exists()
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
