@@ -27,7 +27,13 @@ MAKE_RUN = ("-m", "pipelines.local", "run")
 BUDGET = "must be a share above 0 and at most 1 (0.05), rows (100) or answer tokens (50000t)"
 SHARE = "must be above 0 and at most 1 (0.05 is five per cent)"
 KEYS = "the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, HF_TOKEN)"
-POLICY = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's name and policy"
+WRONG_SECRET = (
+    "s3://select-moe/work/.probe: the S3 server refuses the credentials (SignatureDoesNotMatch): "
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to those of this server"
+)
+NO_BUCKET = (
+    "s3://no-such-bucket/work/.probe: there is no bucket no-such-bucket (NoSuchBucket): create it, or name another"
+)
 OLMOE = "is of model_type 'llama', not olmoe: give an OLMoE checkpoint, or judge=upcycle"
 UNREADABLE = "no known format has the keys ['x']; known: messages, sharegpt, alpaca, dolly, prompt/completion"
 FEW = "; ".join(f"few/few.jsonl line {n}: {UNREADABLE}" for n in (98, 99, 100))
@@ -145,17 +151,17 @@ CASES = [
     # S3
     *both(
         "preset=tiny data={good} work_root=s3://select-moe/work",
-        "s3://select-moe/work cannot be written: the S3 server answered SignatureDoesNotMatch; " + POLICY,
+        WRONG_SECRET,
         AWS_SECRET_ACCESS_KEY="wrong",
     ),
     stage(
         INGEST + " work_root=s3://select-moe/work",
-        "s3://select-moe/work cannot be written: the S3 server answered SignatureDoesNotMatch; " + POLICY,
+        WRONG_SECRET,
         AWS_SECRET_ACCESS_KEY="wrong",
     ),
     *both(
         "preset=tiny data={good} work_root=s3://no-such-bucket/work",
-        "s3://no-such-bucket/work cannot be written: the S3 server answered NoSuchBucket; " + POLICY,
+        NO_BUCKET,
     ),
     # credentials where they do not belong
     *both(
