@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +66,13 @@ class Pipeline:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [entry["stage"] for entry in map(json.loads, lines) if "exit" not in entry]
 
-    def kill_in(self, stage: str, after: float) -> float:
+    def kill_in(self, stage: str, after: float, later: Collection[str] = ()) -> float:
         """Start, and kill the whole group `after` seconds after the first task of a stage has begun.
+
+        Args:
+            stage: its name.
+            after: seconds.
+            later: stages that follow; where one of them begins, the kill comes at once.
 
         Returns:
             The seconds that the stage really ran.
@@ -82,7 +87,7 @@ class Pipeline:
                 raise RuntimeError(f"the run ended before {stage}: see {self.state.with_suffix('.screen')}")
             time.sleep(0.05)
         begun = time.monotonic()
-        while time.monotonic() - begun < after and process.poll() is None:
+        while time.monotonic() - begun < after and process.poll() is None and not {*later} & {*self.events()}:
             time.sleep(0.05)
         if process.poll() is not None:
             raise RuntimeError(f"the run ended within {after:.1f} s of {stage}")
@@ -124,8 +129,11 @@ def main(arguments: list[str]) -> int:
         reference = whole.finished()
         order = [stage for stage in dict.fromkeys(whole.events()) if stage in reference and stage != "check"]
         before: dict[str, float] = {}
-        for stage in order:
-            before[stage] = killed.kill_in(stage, 0.5 + seconds(reference[stage]) / 2)
+        for i, stage in enumerate(order):
+            later = (
+                {*order[i + 1 :]} - {"finetune", "evaluate"} if stage in ("finetune", "evaluate") else order[i + 1 :]
+            )
+            before[stage] = killed.kill_in(stage, 0.5 + seconds(reference[stage]) / 2, later)
         killed.run()
         print(
             "| stage | undisturbed, s | killed after, s | after the restart, s | done twice, s |\n|---|---|---|---|---|"
