@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from components._shell import Hardware, describe, task
 from selectmoe import manifest as mf
 from selectmoe import sending
+from selectmoe.cache import Reference
 from selectmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,11 +145,4 @@ def plan_key(plan: Any) -> str:
 
 def _reference(plan: Any, config: Any, name: str) -> str:
     path = getattr(config, name)
-    return (
-        json.dumps(
-            {"uri": str(Path(path).resolve()), "digest": plan.digests[name]},
-            sort_keys=True,
-        )
-        if path
-        else ""
-    )
+    return Reference(str(Path(path).resolve()), plan.digests[name]).to_json() if path else ""

@@ -12,6 +12,7 @@ from typing import Any
 from components import _plan
 from components._shell import Hardware, task
 from selectmoe import manifest as mf
+from selectmoe.cache import Reference
 from selectmoe.config import values
 from selectmoe.errors import UserError
 from selectmoe.storage import open_store
@@ -84,4 +85,4 @@ def reference(model: str) -> str:
     path = Path(model).resolve()
     if not (path / "config.json").is_file():
         raise UserError(f"target_model={model} holds no config.json: expected a transformers checkpoint folder")
-    return json.dumps({"uri": str(path), "digest": mf.identity_of(path)}, sort_keys=True)
+    return Reference(str(path), mf.identity_of(path)).to_json()
