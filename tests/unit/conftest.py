@@ -13,6 +13,13 @@ from s3_faults import Proxy
 from selectmoe import convert, ingest, pretrain
 from selectmoe.config import load
 
+# Every test process takes its own share of the cores: two of two threads each would wait for each other. Not so in the
+# integration tests, whose many short processes the system places better.
+WORKER, WORKERS = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+CORES = sorted(os.sched_getaffinity(0))
+if len(CORES) >= WORKERS > 1:
+    os.sched_setaffinity(0, CORES[int(WORKER.removeprefix("gw")) :: WORKERS])
+
 WORDS = [
     "river",
     "stone",
