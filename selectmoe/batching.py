@@ -7,6 +7,9 @@ neither their number nor an interruption changes a bit.
 Per dataset, rows go from long to short (ties by id) and are cut where the next row would exceed the token budget. A
 batch that is already large enough to keep the device busy is also cut where the next row would be mostly padding: the
 rows of a small dataset would otherwise all be padded to its longest one.
+
+Where the answers are read a second time without their questions, one batch's answers are too few tokens to keep a device
+busy: batches that follow each other form a unit, whose answers share a pass. What is shared out are units.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ BUSY_TOKENS = 1024
 
 SHRINK = 0.9
 """A row shorter than this share of its batch's longest opens a new batch: at most a tenth of a large one is padding."""
+
+
+UNIT_BATCHES = 4
+"""Batches in a piece of work at most: a kill costs one that is not finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +108,36 @@ def plan_digest(keys: Sequence[tuple[str, str]], plan: Sequence[Batch]) -> str:
     return sha.hexdigest()
 
 
-def share(plan: Sequence[Batch], index: int, count: int) -> list[Batch]:
-    """The batches of one shard (every `count`-th), the largest first: what does not fit fails at once."""
+Unit = tuple[Batch, ...]
+"""Batches of one dataset that belong to the same piece of work."""
+
+
+def units(plan: Sequence[Batch], tokens: Sequence[int] | None = None) -> list[Unit]:
+    """Cut the plan into pieces of work.
+
+    Args:
+        plan: the batches.
+        tokens: per row of the pool, how many of its tokens a second pass reads; None: there is none.
+
+    Returns:
+        Without a second pass every batch alone; else as many as it takes to give that pass `BUSY_TOKENS`, and no more
+        than `UNIT_BATCHES`.
+    """
+    out: list[list[Batch]] = []
+    waiting = BUSY_TOKENS
+    for batch in plan:
+        if waiting >= BUSY_TOKENS or len(out[-1]) == UNIT_BATCHES or out[-1][0].dataset != batch.dataset:
+            out.append([])
+            waiting = 0
+        out[-1].append(batch)
+        waiting += sum(tokens[i] for i in batch.rows) if tokens is not None else BUSY_TOKENS
+    return [tuple(unit) for unit in out]
+
+
+def share(plan: Sequence[Unit], index: int, count: int) -> list[Unit]:
+    """The units of one shard (every `count`-th), that with the largest batch first: what does not fit fails at once."""
     mine = list(plan[index::count])
     if mine:
-        largest = max(range(len(mine)), key=lambda i: (mine[i].padded, mine[i].length, -i))
+        largest = max(range(len(mine)), key=lambda i: (*max((b.padded, b.length) for b in mine[i]), -i))
         mine.insert(0, mine.pop(largest))
     return mine

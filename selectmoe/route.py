@@ -7,8 +7,8 @@ In: a Select-MoE checkpoint, the router weights that `warmup` trained, a pool. O
 `selectmoe.router_data`) and `plan.json` (batches, rows, tokens, and the plan's digest).
 
 The batches are planned first, from pool and configuration alone (`selectmoe.batching`). A shard (`shard.index`,
-`shard.count`) takes every count-th batch and `selectmoe merge` puts the shards together: same bytes as one unsharded
-run. Pooled results are committed every `COMMIT_SECONDS`, and a restart goes on from there. The lm_head is not computed
+`shard.count`) takes every count-th piece of the plan and `selectmoe merge` puts the shards together: same bytes as one
+unsharded run. Pooled results are committed every `COMMIT_SECONDS`, and a restart goes on from there. The lm_head is not computed
 unless `nll=true`, and then on answer positions only.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from selectmoe import stage
-from selectmoe.batching import Batch, plan_batches, plan_digest, share
+from selectmoe.batching import Batch, Unit, plan_batches, plan_digest, share, units
 from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.errors import UserError
 from selectmoe.manifest import NAME as MANIFEST
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from selectmoe.judge import Judge
     from selectmoe.pool import Row
     from selectmoe.storage import Store
+    from selectmoe.template import Encoded
 
-VERSION = 1
+VERSION = 2
 PLAN = "plan.json"
 COMMIT_SECONDS = 15.0
 """A kill costs at most this much finished work, and the batch under way."""
@@ -147,13 +148,14 @@ def run(config: RouteConfig) -> Path:
 
         judge = Judge.load(config)
         plan = make_plan(config, read_pool(pool), judge.tokenizer)
-        mine = share(plan.batches, index, count)
+        answers = plan.answer_tokens.tolist() if config.ifd else None
+        mine = share(units(plan.batches, answers), index, count)
         results = Results(out.work, plan.digest)
         started, computed = time.monotonic(), 0
         todo = [at for at in range(len(mine)) if at not in results.done]
-        for at in progress(todo, desc=f"route {index + 1}/{count}", unit="batch"):
+        for at in progress(todo, desc=f"route {index + 1}/{count}", unit="unit"):
             results.add(at, compute(judge, plan, mine[at], first=at == 0))
-            computed += mine[at].padded
+            computed += sum(batch.padded for batch in mine[at])
         results.flush()
         (out.staging / FOLDER).mkdir()
         for data in assemble(plan, mine, results):
@@ -161,7 +163,7 @@ def run(config: RouteConfig) -> Path:
         (out.staging / PLAN).write_text(json.dumps(summary(plan), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if computed:
             out.metric("padded_tokens_per_second", computed / (time.monotonic() - started))
-        routed = sum(len(batch.rows) for batch in mine)
+        routed = sum(len(rows_of(unit)) for unit in mine)
         empty = int((plan.tokens == 0).sum()) if index == 0 else 0
         out.commit(rows_in=routed + empty, rows_out=routed, dropped={"no_valid_token": empty})
     return out.path
@@ -210,7 +212,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 class Results:
-    """Results per batch, committed in groups; positions count in the order in which this shard computes."""
+    """Results per unit, committed in groups; positions count in the order in which this shard computes."""
 
     def __init__(self, work: Store, plan: str) -> None:
         self.work = work
@@ -225,7 +227,7 @@ class Results:
                 self.done |= dict.fromkeys(range(int(found[1]), int(found[2]) + 1), name)
 
     def add(self, position: int, arrays: Arrays) -> None:
-        """Take one batch's results; positions come in ascending order."""
+        """Take one unit's results; positions come in ascending order."""
         if self._positions and position != self._positions[-1] + 1:
             self.flush()
         self._positions.append(position)
@@ -244,7 +246,7 @@ class Results:
         self._open, self._positions, self._committed = {}, [], time.monotonic()
 
     def get(self, position: int) -> Arrays:
-        """One committed batch's results."""
+        """One committed unit's results."""
         from safetensors.numpy import load
 
         name = self.done[position]
@@ -257,42 +259,57 @@ class Results:
         return {key.removeprefix(start): array for key, array in self._read[1].items() if key.startswith(start)}
 
 
-def compute(judge: Judge, plan: Plan, batch: Batch, first: bool) -> Arrays:
-    """The results of one batch, rows in the batch's order.
+def rows_of(unit: Unit) -> list[int]:
+    """Positions of a unit's rows in the pool, in the order of its results."""
+    return [i for batch in unit for i in batch.rows]
+
+
+def compute(judge: Judge, plan: Plan, unit: Unit, first: bool) -> Arrays:
+    """The results of one unit's rows.
 
     Raises:
-        UserError: it is the first and largest, and does not fit into memory.
+        UserError: it is the first, which has the largest batch, and a batch does not fit into memory.
     """
-    from selectmoe.judge import fitting_rows, out_of_memory
+    from selectmoe.judge import out_of_memory
     from selectmoe.template import encode_many
 
-    rows = [plan.rows[i] for i in batch.rows]
-    encoded = encode_many(rows, judge.tokenizer, judge.config.max_length)
-    try:
-        arrays = judge.read(encoded, batch.length)
-        if judge.config.ifd:
-            arrays["nll_unconditional"] = judge.read_answers(rows, plan.answer_tokens[list(batch.rows)])
-    except RuntimeError as error:
-        if not (first and out_of_memory(error)):
-            raise
+    parts = []
+    for batch in unit:
+        encoded = encode_many([plan.rows[i] for i in batch.rows], judge.tokenizer, judge.config.max_length)
+        try:
+            parts.append(judge.read(encoded, batch.length))
+        except RuntimeError as error:
+            if not (first and out_of_memory(error)):
+                raise
+        else:
+            continue
+        raise UserError(_too_large(judge, encoded, batch.length))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if judge.config.ifd:
+        chosen = rows_of(unit)
+        arrays["nll_unconditional"] = judge.read_answers([plan.rows[i] for i in chosen], plan.answer_tokens[chosen])
+    return arrays
+
+
+def _too_large(judge: Judge, encoded: Sequence[Encoded], length: int) -> str:
+    from selectmoe.judge import fitting_rows
+
+    fits = fitting_rows(judge, encoded, length)
+    if not fits:
+        advice = "not even one row does: lower max_length"
+    elif fits * length >= judge.config.max_length:
+        advice = f"token_budget={fits * length} fits"
     else:
-        return arrays
-    fits = fitting_rows(judge, encoded, batch.length)
-    advice = (
-        f"token_budget={fits * batch.length}"
-        if fits * batch.length >= judge.config.max_length
-        else f"batch_size={fits}"
-    )
-    advice = f"{advice} fits" if fits else "not even one row does: lower max_length"
-    raise UserError(f"the largest batch ({len(rows)} rows of {batch.length} tokens) does not fit into memory; {advice}")
+        advice = f"batch_size={fits} fits"
+    return f"the largest batch ({len(encoded)} rows of {length} tokens) does not fit into memory; {advice}"
 
 
-def assemble(plan: Plan, mine: Sequence[Batch], results: Results) -> Iterator[RouterData]:
+def assemble(plan: Plan, mine: Sequence[Unit], results: Results) -> Iterator[RouterData]:
     """Router data from committed results, one dataset after the other."""
-    for dataset in sorted({batch.dataset for batch in mine}):
-        positions = [at for at, batch in enumerate(mine) if batch.dataset == dataset]
+    for dataset in sorted({unit[0].dataset for unit in mine}):
+        positions = [at for at, unit in enumerate(mine) if unit[0].dataset == dataset]
         parts = [results.get(at) for at in positions]
-        rows = [i for at in positions for i in mine[at].rows]
+        rows = [i for at in positions for i in rows_of(mine[at])]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         absent = np.full(len(rows), np.nan)
         answer_bytes = [sum(len(text.encode("utf-8", "surrogatepass")) for text in plan.rows[i].answers) for i in rows]

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectmoe.batching import cut, plan_batches, plan_digest, share
+from selectmoe.batching import BUSY_TOKENS, UNIT_BATCHES, Batch, cut, plan_batches, plan_digest, share, units
 
 Lengths = st.lists(st.integers(0, 300), max_size=60)
 
@@ -54,14 +54,24 @@ def test_a_dataset_s_batches_do_not_depend_on_other_datasets() -> None:
     assert whole == part
 
 
-def test_shards_share_the_plan_and_begin_with_their_largest_batch() -> None:
-    lengths = [1 + (7 * i) % 120 for i in range(200)]
-    plan = plan_batches(keys_of(200), lengths, 500)
-    for count in (1, 2, 3, 7, len(plan) + 2):
-        shards = [share(plan, index, count) for index in range(count)]
-        taken = [batch for shard in shards for batch in shard]
-        assert sorted(taken, key=lambda b: b.rows) == sorted(plan, key=lambda b: b.rows)
-        assert all(shard[0].padded == max(b.padded for b in shard) for shard in shards if shard)
+@given(Lengths)
+@settings(max_examples=60, deadline=None)
+def test_shards_share_the_plan_and_begin_with_their_largest_batch(lengths: list[int]) -> None:
+    plan = plan_batches(keys_of(len(lengths)), lengths, 500)
+    for pieces in (units(plan), units(plan, lengths)):
+        for count in (1, 2, 3, 7, len(plan) + 2):
+            shards = [share(pieces, index, count) for index in range(count)]
+            taken = [unit for shard in shards for unit in shard]
+            assert sorted(taken, key=lambda unit: unit[0].rows) == sorted(pieces, key=lambda unit: unit[0].rows)
+            for shard in filter(None, shards):
+                assert max(b.padded for b in shard[0]) == max(b.padded for unit in shard for b in unit)
+
+
+def test_a_unit_gives_the_second_pass_enough_tokens() -> None:
+    plan = [Batch("a", (0,), 9), Batch("a", (1,), 9), Batch("a", (2,), 9), Batch("b", (3,), 9), Batch("b", (4,), 9)]
+    assert units(plan) == [(batch,) for batch in plan]
+    assert units(plan, [BUSY_TOKENS, 1, BUSY_TOKENS, 1, 1]) == [(plan[0],), (plan[1], plan[2]), (plan[3], plan[4])]
+    assert [len(unit) for unit in units(plan[:1] * 9, [0])] == [UNIT_BATCHES, UNIT_BATCHES, 1]
 
 
 def test_little_of_what_is_computed_is_padding() -> None:
