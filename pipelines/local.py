@@ -85,7 +85,7 @@ def run(overrides: list[str]) -> int:
             executed, failure = _read_events(events)
             found = runlog.result(work_root, key)
             result = Path(found["report"]) if found else None
-            tags = {} if result is None else _verdict(result)
+            tags = {} if result is None else sending.verdict_tags(result)
             for output in reversed(_lineage(result) if result is not None else []):  # the report last
                 sending.submit(output, work_root)
             sending.finish_parent(parent, work_root, failed=not succeeded, tags=tags)
@@ -315,11 +315,6 @@ def _lineage(result: Path) -> list[Path]:
         for entry in manifest.read_manifest(path, verify=False).inputs.values():
             waiting += [Path(uri) for uri in re.split(r" (?=/)", entry["uri"])]
     return list(found)
-
-
-def _verdict(result: Path) -> dict[str, str]:
-    results = json.loads((result / "results.json").read_text(encoding="utf-8"))
-    return {key: str(results["verdict"][key]) for key in ("verdict", "metric")} | {"sentence": results["sentence"]}
 
 
 def _say(

@@ -253,10 +253,12 @@ def dispatch(arguments: list[str]) -> int:
     if name == "clean":  # no stage: it writes no output
         importlib.import_module("selectmoe.clean").run(config)
         return 0
+    from selectmoe import sending
+
     place = Path(config.output_dir)
     refusal: Refused | None = None
     try:
-        with at_stage(name, log=place / "logs" / f"{name}.log"):
+        with sending.command(name, config), at_stage(name, log=place / "logs" / f"{name}.log"):
             output = importlib.import_module(f"selectmoe.{name}").run(config)
     except Refused as error:  # it ran, and what it wrote is complete
         output, refusal = place, error

@@ -32,6 +32,8 @@ FOLDER = "journal"
 TAG = "select_moe."
 SYSTEM_SECONDS = "SELECTMOE_SYSTEM_SECONDS"
 """Environment variable: seconds between two samples of CPU, memory and GPU (10)."""
+ROOT = "SELECTMOE_JOURNAL"
+"""Environment variable: the work root whose journal takes what stages say, where it is not their own."""
 PUT_SECONDS = 5.0
 """How often the new lines are put as an object where nothing can be appended."""
 WRITER = f"{os.getpid():x}{secrets.token_hex(3)}"
@@ -239,6 +241,7 @@ def family() -> dict[str, str]:
 
 def open_stage(work_root: str, run: Mapping[str, Any]) -> StageJournal | None:
     """The journal of a stage that begins; None where there is no MLflow to tell, or no work root to write it to."""
-    if not enabled() or not work_root:
+    root = os.environ.get(ROOT) or work_root
+    if not enabled() or not root:
         return None
-    return StageJournal(work_root, {**run, **family(), "tags": {**run["tags"], **context()}, "ms": now()})
+    return StageJournal(root, {**run, **family(), "tags": {**run["tags"], **context()}, "ms": now()})

@@ -9,6 +9,7 @@ speaks to MLflow; it is imported by the thread, since that takes seconds.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from selectmoe import journal
 from selectmoe import manifest as mf
+from selectmoe.config import StageConfig, values
 from selectmoe.errors import UserError
 from selectmoe.journal import enabled
 from selectmoe.storage import open_store
@@ -104,6 +106,64 @@ def sending(work_root: str) -> Iterator[Sender | None]:
                 _keep_files(work_root)
             print(f"MLflow did not take everything ({error}); the results are safe", file=sys.stderr)
             print(f"when it is back: selectmoe sync {work_root}", file=sys.stderr)
+
+
+@contextmanager
+def command(name: str, config: StageConfig) -> Iterator[None]:
+    """Tell MLflow what a command of the shell does: a stage is a run of its own, `run` a parent and a run per stage.
+
+    The journal lies in the work root that was given, else in `OUTPUT_DIR/logs`.
+
+    Args:
+        name: of the stage, or `run`.
+        config: its configuration.
+    """
+    if not enabled():
+        yield
+        return
+    place = Path(config.output_dir).resolve()
+    root = config.work_root or str(place / "logs")
+    before = dict(os.environ)
+    os.environ[journal.ROOT] = root
+    try:
+        with sending(root):
+            parent = ""
+            if name == "run":
+                settings = values(config, "identity", "execution", "input")
+                parent = start_parent(f"run {place.name}", settings, root, mf.digest([str(place), settings]))
+                os.environ["SELECTMOE_PARENT_RUN"] = parent
+            tags: dict[str, str] = {}
+            mistaken, failed = False, True
+            try:
+                yield
+                failed = False
+            except UserError:  # nothing was done, and what lies there is somebody else's
+                mistaken = True
+                raise
+            finally:  # also where the answer is no, or a later stage failed
+                for output in [] if mistaken else outputs(place):
+                    submit(output, root)
+                    tags |= verdict_tags(output)
+                if parent:
+                    finish_parent(parent, root, failed=failed, tags=tags)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def outputs(place: Path) -> list[Path]:
+    """The finished outputs at or below a folder; what lies inside another one is part of it."""
+    found = [path for path, _ in mf.find_manifests(place)] if place.is_dir() else []
+    return [path for path in found if not {*path.parents} & {*found}]
+
+
+def verdict_tags(report: Path) -> dict[str, str]:
+    """What a report's run is to show at a glance; empty for other outputs."""
+    file = report / "results.json"
+    if not file.is_file():
+        return {}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return {key: str(results["verdict"][key]) for key in ("verdict", "metric")} | {"sentence": results["sentence"]}
 
 
 class Sender:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from selectmoe import journal, sending, stage, tracking
+from selectmoe import cli, journal, sending, stage, tracking
 from selectmoe.config import StageConfig, identity
-from selectmoe.errors import UserError
+from selectmoe.errors import Refused, UserError
+
+RESULTS = {"verdict": {"verdict": "no_evidence", "metric": "holdout"}, "sentence": "No evidence."}
 
 
 @dataclass
@@ -291,3 +294,35 @@ def test_mlflow_away_costs_no_work(
     assert sending.sync(mlflow.root) == 1
     assert sending.sync(mlflow.root) == 0
     assert mlflow.points(mlflow.run(stage="select"), "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_command_from_a_shell_is_told_too(
+    mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+    rows = [json.dumps({"messages": [messages[0] | {"content": f"why {n}"}, messages[1]]}) for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv(sending.PATIENCE, "20")
+    words = ["ingest", f"data={tmp_path / 'rows.jsonl'}", "holdout=2"]
+    assert cli.main([*words, f"output_dir={tmp_path / 'out'}"]) == 0
+    run = mlflow.run(stage="ingest")
+    assert run.info.status == "FINISHED"
+    assert "previews/pool/rows.csv" in mlflow.artifacts(run)
+    assert journal.names(str(tmp_path / "out" / "logs")) == []
+    assert cli.main([*words, f"output_dir={tmp_path / 'out'}", "seed=7"]) == 2
+    assert "another run's output" in capsys.readouterr().err
+    assert len(tracking._search(mlflow.client, mlflow.experiment, {"stage": "ingest"})) == 1
+
+
+def test_a_chain_is_a_parent_with_a_run_per_stage(mlflow: Server, tmp_path: Path) -> None:
+    config = ToyConfig(output_dir=str(tmp_path / "run"))
+    with pytest.raises(Refused), sending.command("run", config):
+        made = output(tmp_path / "run" / "report", "report", {"results.json": json.dumps(RESULTS)})
+        output(made / "inside", "select")
+        raise Refused("the gate says no")
+    parents = tracking._search(mlflow.client, mlflow.experiment, {"verdict": "no_evidence"})
+    assert [run.info.status for run in parents] == ["FAILED"]
+    report = mlflow.run(stage="report")
+    assert report.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert "SELECTMOE_PARENT_RUN" not in os.environ
+    assert sending.outputs(tmp_path / "run") == [made]
