@@ -412,17 +412,17 @@ def _register(client: MlflowClient, holder: Run, output: Path, manifest: mf.Mani
     if manifest.stage == "report":
         _champions(client, output)
     name = MODELS.get(manifest.stage, "")
-    if (
-        not name
-        or manifest.config["identity"].get("arm", "selected") != "selected"
-        or _version(client, name, manifest.identity)
-    ):
+    if not name or manifest.config["identity"].get("arm", "selected") != "selected":
         return
     with suppress(MlflowException):  # it exists; what else is wrong is said by the next call
         client.create_registered_model(name)
-    tags = {"identity": manifest.identity, "seed": str(manifest.config["identity"].get("seed", ""))}
-    made = client.create_model_version(name, holder.info.artifact_uri, holder.info.run_id, tags, await_creation_for=0)
-    client.set_registered_model_alias(name, "candidate", made.version)
+    version = _version(client, name, manifest.identity)
+    if not version:
+        tags = {"identity": manifest.identity, "seed": str(manifest.config["identity"].get("seed", ""))}
+        source, run = holder.info.artifact_uri, holder.info.run_id
+        version = str(client.create_model_version(name, source, run, tags, await_creation_for=0).version)
+    if int(version) > int(client.get_registered_model(name).aliases.get("candidate", 0)):
+        client.set_registered_model_alias(name, "candidate", version)
 
 
 def _version(client: MlflowClient, name: str, identity: str) -> str:

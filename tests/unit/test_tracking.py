@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_faults import Proxy
 
 from selectmoe import cli, journal, sending, stage, tracking
 from selectmoe.config import StageConfig, identity
 from selectmoe.errors import Refused, UserError
+from selectmoe.storage import open_store
 
 RESULTS = {"verdict": {"verdict": "no_evidence", "metric": "holdout"}, "sentence": "No evidence."}
 
@@ -326,3 +329,35 @@ def test_a_chain_is_a_parent_with_a_run_per_stage(mlflow: Server, tmp_path: Path
     assert report.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
     assert "SELECTMOE_PARENT_RUN" not in os.environ
     assert sending.outputs(tmp_path / "run") == [made]
+
+
+def test_a_journal_on_object_storage_outlives_the_pod(
+    mlflow: Server, s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow is away for the whole of a task, whose disk is then gone: all of it is there after `sync`, once."""
+    root = "s3://bucket/work-of-a-pod"
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        away.setenv(sending.PATIENCE, "0")
+        with sending.sending(root):
+            sending.submit(output(tmp_path / "a", "warmup", {"full_rank_weights.pt": "weights"}, work_root=root), root)
+    assert f"selectmoe sync {root}" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "a")
+    assert sending.sync(root) == 1
+    run = mlflow.run(stage="warmup")
+    assert {"manifest.json", "full_rank_weights.pt"} <= mlflow.artifacts(run)
+    assert mlflow.points(run, "loss") == [(1, 2.0), (2, 1.0)]
+    assert (run.info.status, sending.sync(root), journal.names(root)) == ("FINISHED", 0, [])
+    assert "journal" not in str([*open_store(root).names()])
+
+
+def test_a_version_without_its_alias_gets_it(mlflow: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that was killed between the version and the alias."""
+    with monkeypatch.context() as killed:
+        killed.setattr("mlflow.MlflowClient.set_registered_model_alias", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            mlflow.send(output(tmp_path / "a", "warmup", arm="selected"))
+    assert mlflow.client.get_registered_model("select-moe-router").aliases == {}
+    assert sending.sync(mlflow.root) == 1
+    assert mlflow.client.get_registered_model("select-moe-router").aliases == {"candidate": 1}
