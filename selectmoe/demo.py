@@ -31,9 +31,9 @@ from selectmoe.pool import Message
 STAGE = "demo"
 VERSION = 1
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PRESETS = {"quick": (430, 112), "full": (2150, 128), "tiny": (80, 64)}
+PRESETS = {"quick": (430, 100), "full": (2100, 128), "tiny": (80, 64)}
 """Preset -> (rows, tokens of a row at most). With the presets' `plant.share`, quick makes a pool of some 600 beside a
-holdout of 64, full one of some 3,100 beside 150."""
+holdout of 64, full one of 3,000 beside 150."""
 
 MODULES = (
     "argparse array ast asyncio base64 bisect builtins bz2 calendar cmath codecs collections configparser contextlib copy csv "
@@ -183,10 +183,24 @@ def usable(source: Iterator[Pair], max_tokens: int, seed: int) -> list[Pair]:
     """
     found: dict[str, Pair] = {}
     for question, answer in source:
-        good = question and answer.isascii() and question.isascii() and len(answer) >= 12 and " " in answer
+        good = question and answer.isascii() and question.isascii() and len(answer) >= 16 and " " in answer
         if good and tokens(question, answer) <= max_tokens:
             found.setdefault(question.lower(), (question, answer))
     return sorted(found.values(), key=lambda pair: hashlib.sha256(f"{seed}{pair}".encode()).digest())
+
+
+def telling(pairs: list[Pair], enough: int) -> list[Pair]:
+    """The third of the pairs (at least `enough`) in which the answer is the largest part, in the order of `pairs`.
+
+    An answer is what a row teaches and what a held-out row measures, a question only costs time.
+    """
+
+    def rank(pair: Pair) -> tuple[float, Pair]:
+        question, answer = pair
+        return (-len(answer) / len(question), pair)
+
+    kept = set(sorted(pairs, key=rank)[: max(enough, len(pairs) // 3)])
+    return [pair for pair in pairs if pair in kept]
 
 
 def quotas(available: dict[str, int], rows: int) -> dict[str, int]:
@@ -216,7 +230,8 @@ def write_rows(directory: Path, rows: int, max_tokens: int, seed: int) -> None:
         max_tokens: of a row (see `tokens`).
         seed: of the choice.
     """
-    pairs = {name: usable(source(), max_tokens, seed) for name, source in SOURCES.items()}
+    enough = 3 * rows // (2 * len(SOURCES))  # half as many again as an even share, to choose from
+    pairs = {name: telling(usable(source(), max_tokens, seed), enough) for name, source in SOURCES.items()}
     for name, quota in quotas({name: len(found) for name, found in pairs.items()}, rows).items():
         (directory / name).mkdir(parents=True)
         with (directory / name / "rows.jsonl").open("w", encoding="utf-8") as file:
