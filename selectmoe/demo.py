@@ -230,7 +230,7 @@ def write_rows(directory: Path, rows: int, max_tokens: int, seed: int) -> None:
         max_tokens: of a row (see `tokens`).
         seed: of the choice.
     """
-    enough = 3 * rows // (2 * len(SOURCES))  # half as many again as an even share, to choose from
+    enough = 2 * rows // len(SOURCES)  # twice an even share, to choose from
     pairs = {name: telling(usable(source(), max_tokens, seed), enough) for name, source in SOURCES.items()}
     for name, quota in quotas({name: len(found) for name, found in pairs.items()}, rows).items():
         (directory / name).mkdir(parents=True)

@@ -44,7 +44,7 @@ def test_the_rows_are_real_short_and_the_same_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["quick", "full"])
 def test_the_packages_hold_enough_for_every_preset(preset: str) -> None:
     rows, max_tokens = PRESETS[preset]
-    enough = 3 * rows // (2 * len(SOURCES))
+    enough = 2 * rows // len(SOURCES)
     available = {n: len(telling(usable(source(), max_tokens, 42), enough)) for n, source in SOURCES.items()}
     shares = quotas(available, rows)
     assert sum(shares.values()) == rows
