@@ -4,14 +4,15 @@
 
 The pipeline runs once undisturbed (in a state folder of its own) and once with a kill of its whole process group in
 the middle of every stage, each followed by the same command again. Printed, as a Markdown table: how long the stage
-ran before the kill, how long it took after it, and what was done twice; then whether the report's identity and the
-verdict's bytes are those of the undisturbed run.
+takes undisturbed, after what time it was killed, and how much of that was lost because it had not been committed; then
+whether the report's identity and the verdict's bytes are those of the undisturbed run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ class Pipeline:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [entry["stage"] for entry in map(json.loads, lines) if "exit" not in entry]
 
-    def kill_in(self, stage: str, after: float, later: Collection[str] = ()) -> float:
+    def kill_in(self, stage: str, after: float, later: Collection[str] = ()) -> tuple[float, float]:
         """Start, and kill the whole group `after` seconds after the first task of a stage has begun.
 
         Args:
@@ -75,7 +76,7 @@ class Pipeline:
             later: stages that follow; where one of them begins, the kill comes at once.
 
         Returns:
-            The seconds that the stage really ran.
+            The seconds that the stage really ran, and those of them since its last commit.
 
         Raises:
             RuntimeError: the run ended before the kill.
@@ -86,24 +87,28 @@ class Pipeline:
             if process.poll() is not None:
                 raise RuntimeError(f"the run ended before {stage}: see {self.state.with_suffix('.screen')}")
             time.sleep(0.05)
-        begun = time.monotonic()
+        begun, since = time.monotonic(), time.time()
         while time.monotonic() - begun < after and process.poll() is None and not {*later} & {*self.events()}:
             time.sleep(0.05)
         if process.poll() is not None:
             raise RuntimeError(f"the run ended within {after:.1f} s of {stage}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return time.monotonic() - begun
+        ran = time.monotonic() - begun
+        committed = [p.stat().st_mtime - since for p in (self.state / "work" / stage).rglob("*") if p.is_file()]
+        return ran, ran - max([0.0, *committed])
 
     def finished(self) -> dict[str, Path]:
-        """The newest finished output of every stage that KFP's folders hold."""
+        """The newest finished output of every task that KFP's folders hold: RUN/[LOOP/]TASK/ARTIFACT."""
         found: dict[str, tuple[float, Path]] = {}
-        for path in (self.state / "kfp").rglob("manifest.json"):
-            stage = json.loads(path.read_text(encoding="utf-8"))["stage"].split("-shard-")[0]
+        for path in [
+            p for depth in ("*/*/*", "*/*-iteration-*/*/*") for p in (self.state / "kfp").glob(f"{depth}/manifest.json")
+        ]:
+            task = re.sub(r"-\d+$", "", path.parent.parent.name)
             age = path.stat().st_mtime
-            if age > found.get(stage, (0.0, path))[0]:
-                found[stage] = (age, path.parent)
-        return {stage: path for stage, (_, path) in found.items()}
+            if age > found.get(task, (0.0, path))[0]:
+                found[task] = (age, path.parent)
+        return {task: path for task, (_, path) in found.items()}
 
 
 def seconds(output: Path) -> float:
@@ -128,20 +133,16 @@ def main(arguments: list[str]) -> int:
         whole.run()
         reference = whole.finished()
         order = [stage for stage in dict.fromkeys(whole.events()) if stage in reference and stage != "check"]
-        before: dict[str, float] = {}
+        before: dict[str, tuple[float, float]] = {}
         for i, stage in enumerate(order):
             later = (
                 {*order[i + 1 :]} - {"finetune", "evaluate"} if stage in ("finetune", "evaluate") else order[i + 1 :]
             )
             before[stage] = killed.kill_in(stage, 0.5 + seconds(reference[stage]) / 2, later)
         killed.run()
-        print(
-            "| stage | undisturbed, s | killed after, s | after the restart, s | done twice, s |\n|---|---|---|---|---|"
-        )
-        for stage in order:
-            alone, after = seconds(reference[stage]), seconds(killed.finished()[stage])
-            twice = max(0.0, before[stage] + after - alone)
-            print(f"| {stage} | {alone:.1f} | {before[stage]:.1f} | {after:.1f} | {twice:.1f} |")
+        print("| stage | undisturbed, s | killed after, s | lost, s |\n|---|---|---|---|")
+        for stage, (ran, lost) in before.items():
+            print(f"| {stage} | {seconds(reference[stage]):.1f} | {ran:.1f} | {lost:.1f} |")
         equal = same_result(reference["report"], killed.finished()["report"])
         print(
             f"\nreport's identity and verdict's bytes {'are those' if equal else 'ARE NOT those'} of the undisturbed run"
