@@ -1,12 +1,13 @@
 """Warm-up or fine-tuning on several nodes: a `TrainJob` of Kubeflow Trainer (2.2 or later), printed as YAML.
 
-    python -m pipelines trainjob stage=finetune nodes=2 profile=site.yaml data=s3://b/selection output_dir=s3://b/out ... \
-        | kubectl apply -f -
+    python -m pipelines trainjob stage=warmup nodes=2 processes=4 accelerator=nvidia.com/gpu profile=site.yaml \
+        selector_model.path=/scratch/judge data=/scratch/ingest output_dir=/scratch/warmup | kubectl apply -f -
 
 Optional, and not part of the pipeline. Same image, same code, same keys as `selectmoe STAGE`, which is why the words that
 are not options here are checked and handed on as they are. The command is `torchrun`: under Trainer's runtime
 `accelerate launch` runs every process alone, at a world size of 1, and says nothing. Trainer itself tells torchrun how many nodes and
-processes there are and where they meet (its PET_ variables).
+processes there are and where they meet (its PET_ variables). Several processes train together: `training.distributed` is
+`ddp` unless `fsdp` is given. Inputs must be seen from every node, the output folder from the first (a volume of the profile).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """Read the words of the command; those that are no options here are checked as the stage's own.
 
     Returns:
-        The options, and the words for the stage.
+        The options, and the words for the stage (with `training.distributed`, where there are several processes).
 
     Raises:
         UserError: what is wrong with which word.
@@ -96,11 +97,16 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     options = Options(**given)
     options.validate()
     try:
-        compose(options.stage, rest)
+        distributed = compose(options.stage, rest).training.distributed
     except UserError as error:
         wrong = re.search(r"unknown key '([^']+)'", str(error))
         near = difflib.get_close_matches(wrong[1], list(kinds), n=1, cutoff=0.8) if wrong else []
         raise UserError(f"{error}{f'; or {near[0]}= of trainjob' if near else ''}") from None
+    count = options.nodes * options.processes
+    if count > 1 and distributed == "single":
+        if any(word.startswith("training.distributed=") for word in rest):
+            raise UserError(f"training.distributed=single, but nodes x processes is {count}: give ddp or fsdp")
+        rest.append("training.distributed=ddp")
     return options, rest
 
 

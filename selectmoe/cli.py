@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selectmoe import distributed
 from selectmoe.entry import at_stage, enter
 from selectmoe.errors import Refused, UserError
 from selectmoe.progress import quiet
@@ -256,12 +257,15 @@ def dispatch(arguments: list[str]) -> int:
     from selectmoe import sending
 
     place = Path(config.output_dir)
+    log = None if distributed.rank() else place / "logs" / f"{name}.log"
     refusal: Refused | None = None
     try:
-        with sending.command(name, config), at_stage(name, log=place / "logs" / f"{name}.log"):
+        with sending.command(name, config), at_stage(name, log=log):
             output = importlib.import_module(f"selectmoe.{name}").run(config)
     except Refused as error:  # it ran, and what it wrote is complete
         output, refusal = place, error
+    if distributed.rank():  # of several processes that train together, the first writes
+        return 0
     _save_overrides(place, config, rest)
     print(output)
     if refusal:
@@ -282,7 +286,8 @@ def _sync(rest: list[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     quiet()
-    return enter("selectmoe", lambda: dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+    name = f"selectmoe (process {distributed.rank()})" if distributed.world() > 1 else "selectmoe"
+    return enter(name, lambda: dispatch(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 if __name__ == "__main__":

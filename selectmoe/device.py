@@ -5,6 +5,7 @@ No command runs this module.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 
@@ -21,8 +22,12 @@ def pick_device() -> torch.device:
 
 
 def set_threads(threads: int) -> int:
-    """Use `threads` CPU threads (0: all cores this process may run on); returns the number in use."""
-    n = threads or len(os.sched_getaffinity(0))
+    """Use `threads` CPU threads; returns the number in use.
+
+    Args:
+        threads: how many; 0: all cores that this process may run on, shared with torchrun's others on this machine.
+    """
+    n = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(n)
     return n
 
@@ -36,6 +41,15 @@ def deterministic(seed: int) -> None:
     """Seed torch and refuse kernels whose result changes from run to run."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def seed_for(*place: int) -> None:
+    """Seed torch by what is computed next, so that neither a restart nor another process's share changes its noise.
+
+    Args:
+        place: seed of the run, step, micro-batch.
+    """
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "big"))
 
 
 def require_finite(parameters: Iterable[torch.Tensor], rate: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from selectmoe import stage
-from selectmoe.config import StageConfig, group, identity, input_
+from selectmoe import distributed, stage
+from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.errors import UserError
 from selectmoe.selection import FILE, arm_directory, read_selected
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from selectmoe.template import Encoded
 
 STAGE = "finetune"
-VERSION = 1
+VERSION = 2
 MATCHES = ("tokens", "steps", "rows")
 CUT_AWAY = "the answer was truncated away"
 NO_ANSWER = "no answer"
@@ -58,6 +57,7 @@ class TrainingConfig:
     batch_size: int = identity(128, doc="rows per optimizer step (global); how many are accumulated is computed")
     per_device_batch_size: int = identity(4, doc="rows per forward pass, at most batch_size; limited by memory")
     max_length: int = identity(2048, doc="tokens kept of a row")
+    distributed: str = execution("single", doc="single; under torchrun ddp, or fsdp: the frozen model is sharded")
 
 
 @dataclass
@@ -106,6 +106,7 @@ class FinetuneConfig(StageConfig):
             raise UserError("training.lora_dropout and training.warmup_ratio must be in [0, 1)")
         if not t.target_modules:
             raise UserError("training.target_modules= is empty: name at least one linear layer, such as q_proj")
+        distributed.check_mode(t.distributed)
         if not self.arm:
             raise UserError("arm= is empty: name the arm whose rows these are")
 
@@ -206,16 +207,15 @@ def run(config: FinetuneConfig) -> Path:
     Raises:
         UserError: the model or the rows are not there or not usable.
     """
+    distributed.check_launch(STAGE, config.training.distributed)
     rows = rows_path(config.dataset.data_path, config.arm, config.seed)
     reference = rows_path(config.reference, "selected", config.seed) if config.reference else None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"finetune runs in one process, torchrun started {os.environ['WORLD_SIZE']}: start it without")
     from selectmoe import finetuning
     from selectmoe.template import load_tokenizer
 
     model = finetuning.find_model(config.training.model, "training.model")
     inputs = {"model": str(model), "rows": str(rows), "reference": str(reference or "")}
-    with stage.begin(STAGE, VERSION, config, inputs=inputs) as out:
+    with distributed.together(config.training.distributed), stage.begin(STAGE, VERSION, config, inputs) as out:
         if out.done:
             return out.path
         t = config.training
@@ -229,6 +229,8 @@ def run(config: FinetuneConfig) -> Path:
         tokens, aim = [learned_tokens(e) for e in kept], [learned_tokens(e) for e in measure]
         steps = plan(tokens, aim, batch_size=t.batch_size, epochs=t.epochs, match=config.match, seed=config.seed)
         finetuning.train(config, model, kept, steps, int(tokenizer.pad_token_id), out)
+        if not out.leads:
+            return out.path
         seen = [i for batch in steps for i in batch]
         summary = {
             "steps": len(steps),

@@ -2,8 +2,8 @@
 
 No command runs this module; `finetune` and `evaluate` do. An explicit loop and not transformers' Trainer: steps hold a
 planned number of tokens rather than of rows, micro-batches are sorted by length, the vocabulary's matrix is multiplied with
-learned positions only, and a resumed run must give the same bytes (each step is seeded by its number, so that there is no
-random state to restore).
+learned positions only, and a resumed run must give the same bytes (each micro-batch is seeded by its number, so that there
+is no random state to restore).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from selectmoe import distributed
 from selectmoe.checkpoint import METADATA, resolve
-from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, set_threads
+from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, seed_for, set_threads
 from selectmoe.errors import UserError
 from selectmoe.progress import progress
 from selectmoe.template import Encoded
@@ -176,20 +177,29 @@ class Trainer:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=peak, weight_decay=0.0)
 
-    def step(self, batches: Sequence[dict[str, Tensor]], rate: float) -> float:
-        """One optimizer step over micro-batches; returns the mean loss over the step's learned tokens, in nats."""
-        total = sum(len(b["targets"]) for b in batches)
+    def step(self, batches: Iterable[tuple[dict[str, Tensor], float]], total: int, rate: float) -> float:
+        """One optimizer step.
+
+        Args:
+            batches: this process's micro-batches, each with its weight.
+            total: learned tokens of the whole step.
+            rate: the learning rate.
+
+        Returns:
+            The mean loss over the step's learned tokens, in nats.
+        """
         loss = 0.0
-        for batch in batches:
-            part = answer_nll(self.model, batch).sum() / total
+        for batch, weight in batches:
+            part = answer_nll(self.model, batch).sum() * weight / total
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
+        distributed.add_gradients(self.parameters.values())
         nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
         for entry in self.optimizer.param_groups:
             entry["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss
+        return distributed.add_numbers({"loss": loss})["loss"]
 
     def save(self, out: Output, done: int, losses: list[float]) -> None:
         """Commit the state after `done` steps; the record is written last and says which file counts."""
@@ -209,27 +219,39 @@ class Trainer:
                 out.work.delete(old)
 
     def restore(self, out: Output) -> list[float]:
-        """Take up the committed state; returns the losses of the steps that it contains."""
-        from safetensors.torch import load_file
+        """Take up the committed state; returns the losses of the steps that it contains.
 
-        data = out.work.get(RECORD)
-        if data is None:
-            return []
-        record: dict[str, Any] = json.loads(data)
-        file = out.path / ".work" / "state.part"
-        if not out.work.fetch(record["state"], file):
-            return []
-        state = load_file(file)
-        file.unlink()
+        The first process reads it and gives it to the others, and the fresh parameters where there is none.
+        """
+        found, state = _committed(out) if out.leads else ({}, {})
+        record: dict[str, Any] = distributed.from_first(lambda: found)
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(state[f"p.{name}"])
-                self.optimizer.state[p] = {
-                    "step": torch.tensor(float(record["done"])),
-                    "exp_avg": state[f"m.{name}"].to(p.device),
-                    "exp_avg_sq": state[f"v.{name}"].to(p.device),
-                }
-        return [float(loss) for loss in record["losses"]]
+                if state:
+                    p.copy_(state[f"p.{name}"])
+                distributed.copy_first([p.data])
+                if not record:
+                    continue
+                first, second = (
+                    state[f"{key}.{name}"].to(p.device) if state else torch.empty_like(p.data) for key in "mv"
+                )
+                distributed.copy_first([first, second])
+                step = torch.tensor(float(record["done"]))
+                self.optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        return [float(loss) for loss in record.get("losses", [])]
+
+
+def _committed(out: Output) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of what was committed last; empty where nothing was."""
+    from safetensors.torch import load_file
+
+    record: dict[str, Any] = json.loads(out.work.get(RECORD) or b"{}")
+    file = out.path / ".work" / "state.part"
+    if not record or not out.work.fetch(record["state"], file):
+        return {}, {}
+    state = load_file(file)
+    file.unlink()
+    return record, state
 
 
 def train(
@@ -256,27 +278,40 @@ def train(
     t = config.training
     set_threads(config.threads)
     deterministic(config.seed)
-    device = pick_device()
-    model = add_adapters(load_model(path, t.layers, default_dtype(device), device), t, config.seed).train()
+    device, sharded = pick_device(), t.distributed == "fsdp"
+    place = torch.device("cpu") if sharded else device
+    model = add_adapters(load_model(path, t.layers, default_dtype(device), place), t, config.seed).train()
+    if sharded:
+        target = model.get_base_model()
+        distributed.shard(target, target._no_split_modules, [p for p in model.parameters() if p.requires_grad])
+        model.to(device)
     trainer = Trainer(model, t.learning_rate)
     losses = trainer.restore(out)
+
+    def mine(step: int, micro: Sequence[Sequence[int]]) -> Iterator[tuple[dict[str, Tensor], float]]:
+        for index, rows, weight in distributed.share(micro, lockstep=sharded):
+            seed_for(config.seed, step, index)  # its dropout
+            chosen = [encoded[j] for j in rows]
+            yield pad(chosen, [e.answer for e in chosen], pad_id, device), weight
+
     epoch, saved, started = len(steps) // t.epochs, time.monotonic(), len(losses)
     for i, loss in enumerate(losses):
         out.metric("finetune/loss", loss, step=i + 1)
     for i in progress(range(started, len(steps)), f"finetune {config.arm}:{config.seed}", unit="step"):
-        torch.manual_seed(config.seed * 1_000_003 + i)  # dropout of this step, whatever came before
         micro = by_length(encoded, steps[i], t.per_device_batch_size)
-        batches = [pad([encoded[j] for j in b], [encoded[j].answer for j in b], pad_id, device) for b in micro]
-        losses.append(trainer.step(batches, learning_rate(i, len(steps), t.learning_rate, t.warmup_ratio)))
+        total = sum(sum(encoded[j].answer[1:]) for j in steps[i])
+        rate = learning_rate(i, len(steps), t.learning_rate, t.warmup_ratio)
+        losses.append(trainer.step(mine(i, micro), total, rate))
         if not math.isfinite(losses[-1]):
             raise UserError(f"the loss is not finite at step {i + 1}: lower training.learning_rate={t.learning_rate}")
         out.metric("finetune/loss", losses[-1], step=i + 1)
         late = time.monotonic() - saved > SAVE_SECONDS
-        if i + 1 < len(steps) and (late or (i + 1) % epoch == 0):
+        if out.leads and i + 1 < len(steps) and (late or (i + 1) % epoch == 0):
             trainer.save(out, i + 1, losses)
             saved = time.monotonic()
     require_finite(trainer.parameters.values(), f"training.learning_rate={t.learning_rate}")
-    write_adapter(model, out.staging, len(steps), losses)
+    if out.leads:
+        write_adapter(model, out.staging, len(steps), losses)
 
 
 def write_adapter(model: Any, directory: Path, steps: int, losses: Sequence[float]) -> None:

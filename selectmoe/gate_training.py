@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selectmoe import template
+from selectmoe import distributed, template
 from selectmoe.corruption import corrupt
-from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, set_threads
+from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, seed_for, set_threads
 from selectmoe.errors import UserError
 from selectmoe.losses import quality_loss
 from selectmoe.modeling import load_judge
@@ -38,6 +38,17 @@ COMMIT_SECONDS = 15.0
 
 Item = tuple[template.Encoded, int]
 """An encoded row and its label: 1 pool row, 0 corrupted copy."""
+
+
+class _Root(torch.nn.Module):
+    """What FSDP wraps in the model's place: it changes the class, by which transformers knows what a model can record."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
 
 
 class GateTraining:
@@ -59,7 +70,8 @@ class GateTraining:
         deterministic(config.seed)
         path = config.selector_model.path
         self.tokenizer = template.load_tokenizer(path)
-        self.model = load_judge(path, self.device, default_dtype(self.device))
+        self.sharded = config.training.distributed == "fsdp"
+        self.model = load_judge(path, "cpu" if self.sharded else self.device, default_dtype(self.device))
         encoded = template.encode_many(rows, self.tokenizer, config.training.max_length)
         kept = [(row, e) for row, e in zip(rows, encoded, strict=True) if any(self._learned(e))]
         if not kept:
@@ -67,6 +79,11 @@ class GateTraining:
         self.rows = [row for row, _ in kept]
         self.encoded = [e for _, e in kept]
         self.parameters = self._unfreeze()
+        self.called: Any = self.model.model if config.recipe == "observer" else self.model
+        if self.sharded:
+            self.called = _Root(self.called)
+            distributed.shard(self.called, self.model._no_split_modules, router_parameters(self.model).values())
+            self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.training.learning_rate, weight_decay=0.0)
         self.per_epoch = -(-len(self.rows) // config.training.batch_size)
         self.steps = self.per_epoch * config.training.epochs
@@ -115,16 +132,17 @@ class GateTraining:
             self.optimizer.step()
             for name, value in numbers.items():
                 self.out.metric(name, value, step=step)
-            if time.monotonic() - committed > COMMIT_SECONDS:
+            if self.out.leads and time.monotonic() - committed > COMMIT_SECONDS:
                 self._commit(step + 1)
                 committed = time.monotonic()
         require_finite(self.parameters.values(), f"training.learning_rate={self.config.training.learning_rate}")
 
     def _step(self, step: int) -> dict[str, float]:
         """Gradients of one step, and what it was like."""
-        torch.manual_seed(self.config.seed + step)  # the noise of a trash expert, the same after a restart
-        items = self._items(step)
-        return self._observe(items) if self.config.recipe == "observer" else self._through(items)
+        compute = self._observe if self.config.recipe == "observer" else self._through
+        numbers = compute(step, self._items(step))
+        distributed.add_gradients(self.parameters.values())
+        return distributed.add_numbers(numbers)
 
     def _items(self, step: int) -> list[list[Item]]:
         """The step's micro-batches: pool rows, and for `contrastive` their corrupted copies beside them."""
@@ -170,25 +188,31 @@ class GateTraining:
         answer = padded([[int(a) for a in e.answer] for e, _ in items], 0)
         return ids, mask, answer, torch.tensor([label for _, label in items], device=self.device)
 
-    def _observe(self, batches: list[list[Item]]) -> dict[str, float]:
+    def _mine(self, step: int, batches: list[list[Item]]) -> Iterator[tuple[list[Item], float]]:
+        """This process's micro-batches with their weights; torch is seeded for each (the noise of a trash expert)."""
+        for index, batch, weight in distributed.share(batches, lockstep=self.sharded):
+            seed_for(self.config.seed, step, index)
+            yield batch, weight
+
+    def _observe(self, step: int, batches: list[list[Item]]) -> dict[str, float]:
         """The gates read what the frozen model computes: their loss needs no backward pass through it."""
         total = sum(map(len, batches))
         numbers = {"loss": 0.0, "good_ratio/pool": 0.0, "good_ratio/corrupted": 0.0}
         counts = {label: max(1, sum(mine == label for batch in batches for _, mine in batch)) for label in (0, 1)}
-        for batch in batches:
+        for batch, weight in self._mine(step, batches):
             ids, mask, answer, labels = self._tensors(batch)
-            base = self.model.model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+            base = self.called(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
             loss = quality_loss("contrastive", base.quality_score, mask, None, labels, answer)
-            share = len(batch) / total
+            share = weight * len(batch) / total
             weighted: Tensor = loss * share * self.config.training.quality_loss_weight
             torch.autograd.backward(weighted)
             numbers["loss"] += float(loss.detach()) * share
             rows = _good_ratio(base.quality_score, answer)
             for label, name in ((1, "good_ratio/pool"), (0, "good_ratio/corrupted")):
-                numbers[name] += float(rows[labels == label].sum()) / counts[label]
+                numbers[name] += weight * float(rows[labels == label].sum()) / counts[label]
         return numbers
 
-    def _through(self, batches: list[list[Item]]) -> dict[str, float]:
+    def _through(self, step: int, batches: list[list[Item]]) -> dict[str, float]:
         """The legacy recipe: the whole loss, through the model; the cross-entropy over the step's learned tokens."""
         t = self.config.training
         total = sum(map(len, batches))
@@ -196,13 +220,13 @@ class GateTraining:
         clean = sum(label for batch in batches for _, label in batch)
         numbers = {"loss": 0.0, "loss/cross_entropy": 0.0, "loss/quality": 0.0, "good_ratio/pool": 0.0}
         self.model.train()
-        for batch in batches:
+        for batch, weight in self._mine(step, batches):
             ids, mask, answer, row_labels = self._tensors(batch)
             width = ids.shape[1]
             targets = [template.labels(e, t.full_sequence_prediction, t.mask_special_tokens) for e, _ in batch]
             labels = torch.tensor([y + [template.IGNORED] * (width - len(y)) for y in targets], device=self.device)
             extra = {"row_labels": row_labels, "answer_mask": answer} if self.config.loss == "contrastive" else {}
-            out = self.model(
+            out = self.called(
                 input_ids=ids,
                 attention_mask=mask,
                 labels=labels,
@@ -211,13 +235,14 @@ class GateTraining:
                 num_items_in_batch=torch.tensor(learned, device=self.device),
                 **extra,
             )
-            share = len(batch) / total
-            loss = out.ce_loss + (out.loss - out.ce_loss) * share
+            share = weight * len(batch) / total
+            loss = weight * out.ce_loss + (out.loss - out.ce_loss) * share
             torch.autograd.backward(loss)
             numbers["loss"] += float(loss.detach())
-            numbers["loss/cross_entropy"] += float(out.ce_loss.detach())
+            numbers["loss/cross_entropy"] += weight * float(out.ce_loss.detach())
             numbers["loss/quality"] += float(out.quality_loss.detach()) * share
-            numbers["good_ratio/pool"] += float(_good_ratio(out.quality_score, mask)[row_labels == 1].sum()) / clean
+            good = float(_good_ratio(out.quality_score, mask)[row_labels == 1].sum())
+            numbers["good_ratio/pool"] += weight * good / clean
         return numbers
 
     def _commit(self, step: int) -> None:
@@ -228,7 +253,7 @@ class GateTraining:
         self.out.work.put_bytes(STATE, buffer.getvalue())
 
     def _resume(self) -> int:
-        data = self.out.work.get(STATE)
+        data = distributed.from_first(lambda: self.out.work.get(STATE))
         if data is None:
             return 0
         state = torch.load(io.BytesIO(data), map_location=self.device, weights_only=True)

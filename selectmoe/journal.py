@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from selectmoe.distributed import rank
 from selectmoe.storage import LocalStore, open_store
 
 FOLDER = "journal"
@@ -43,7 +44,7 @@ _numbers = itertools.count()
 
 def enabled() -> bool:
     """Whether there is an MLflow to tell, and this process is the one of its group (torchrun) that does."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) and os.environ.get("RANK", "0") == "0"
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) and rank() == 0
 
 
 def place(work_root: str) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
+from selectmoe.distributed import rank
+
 T = TypeVar("T")
 
 INTERVAL = 10.0
@@ -44,7 +46,7 @@ def quiet() -> None:
 
 
 def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yield the items and show how far it is.
+    """Yield the items and show how far it is (of several processes, the first shows it).
 
     Args:
         iterable: what to go through.
@@ -54,6 +56,9 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None, unit: s
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
+    if rank():
+        yield from iterable
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -59,7 +59,8 @@ MANAGED = {
     "route": ("shard.index", "shard.count"),
     "select": ("selection_percentage", "selection_rows", "selection_tokens"),
     "baseline": ("arms", "seeds", "selection_percentage", "selection_rows", "selection_tokens"),
-    "finetune": ("arm",),
+    "warmup": ("training.distributed",),
+    "finetune": ("arm", "training.distributed"),
     "evaluate": ("arm",),
 }
 """Keys of the stages that the chain sets itself: from its own keys, or task by task."""

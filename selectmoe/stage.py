@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selectmoe import cache, journal
+from selectmoe import cache, distributed, journal
 from selectmoe import manifest as mf
 from selectmoe.config import MISSING, StageConfig, flatten, values
 from selectmoe.errors import UserError
@@ -41,6 +41,8 @@ class Output:
     def __init__(self, path: Path, stage: str, version: int, config: StageConfig, inputs: dict[str, dict[str, str]]):
         self.path = path
         self.done = False
+        self.leads = distributed.alone() or distributed.rank() == 0
+        """Whether this process writes: of several that train together, the first."""
         self.stage = stage
         self.version = version
         self.inputs = inputs
@@ -152,6 +154,7 @@ class Output:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "versions": versions,
             "threads": self._threads or len(os.sched_getaffinity(0)),
+            "processes": distributed.world(),
             "machine": platform.machine(),
         }
 
@@ -168,6 +171,9 @@ def input_entry(value: str | list[str]) -> dict[str, str]:
 def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None) -> Iterator[Output]:
     """Open the output of a stage.
 
+    Of several processes that train together (`selectmoe.distributed`), the first opens it and tells the others what it
+    found; all of them leave together.
+
     Args:
         stage: its name.
         version: of its algorithm; a change of result is a change of version.
@@ -182,27 +188,43 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
     """
     if not config.output_dir or config.output_dir == MISSING:
         raise UserError("output_dir= is missing: name the folder to write")
+    if "://" in config.output_dir:
+        raise UserError(f"output_dir={config.output_dir} must be a folder; work_root= may lie on S3")
+    if distributed.alone() and distributed.world() > 1:
+        raise UserError(f"{stage} runs in one process, but torchrun started {distributed.world()}: start it without")
     path = Path(config.output_dir)
-    entries = {
-        n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v)) for n, v in (inputs or {}).items() if v
-    }
+    entries = distributed.from_first(
+        lambda: {
+            n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v))
+            for n, v in (inputs or {}).items()
+            if v
+        }
+    )
     out = Output(path, stage, version, config, entries)
-    if (path / mf.NAME).is_file():
-        _same_work(path, out)
-        out.done = True
+    existed = path.is_dir()
+    out.done = distributed.from_first(lambda: _open(path, out))
+    if out.done:
         yield out
         return
-    existed = path.is_dir()
-    _prepare(path, out)
-    out.announce()
     try:
         yield out
     except BaseException as error:
         out.over(error)
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and out.leads:
             _abandon(path, out, existed)
         raise
     out.over()
+    distributed.wait()
+
+
+def _open(path: Path, out: Output) -> bool:
+    """Prepare the folder and say that the stage begins; True where its output is there already."""
+    if (path / mf.NAME).is_file():
+        _same_work(path, out)
+        return True
+    _prepare(path, out)
+    out.announce()
+    return False
 
 
 def _same_work(path: Path, out: Output) -> None:

@@ -17,13 +17,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from selectmoe import pool, stage
-from selectmoe.config import StageConfig, group, identity, input_
+from selectmoe import distributed, pool, stage
+from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.corruption import CORRUPTIONS, check_kinds
 from selectmoe.errors import UserError
 
 STAGE = "warmup"
-VERSION = 1
+VERSION = 2
 RECIPES = {"observer": ("observer", "contrastive"), "legacy": ("applied", "sigmoid")}
 """Recipe -> the gate mode that it needs, and its quality loss."""
 
@@ -55,6 +55,7 @@ class WarmupTraining:
     train_routers: bool | None = identity(None, doc="train the MoE routers; default: legacy only")
     corruptions: list[str] = identity(list(CORRUPTIONS), doc="contrastive: kinds of corrupted copies, in turn")
     ratio: int = identity(1, doc="contrastive: corrupted copies per row")
+    distributed: str = execution("single", doc="single; under torchrun ddp, or fsdp: the frozen model is sharded")
 
 
 @dataclass
@@ -89,6 +90,7 @@ class WarmupConfig(StageConfig):
         if not 0 <= t.quality_loss_weight < float("inf"):
             raise UserError(f"training.quality_loss_weight={t.quality_loss_weight} must be at least 0, and finite")
         check_kinds(t.corruptions, "training.corruptions")
+        distributed.check_mode(t.distributed)
         self._check_recipe()
         self._check_read()
 
@@ -158,6 +160,7 @@ def run(config: WarmupConfig) -> Path:
     from selectmoe.losses import check_loss
 
     config.validate()
+    distributed.check_launch(STAGE, config.training.distributed)
     check_loss(config.loss)
     where = str(pool.locate(config.data))
     source = resolve(
@@ -169,7 +172,8 @@ def run(config: WarmupConfig) -> Path:
             f"recipe={config.recipe} needs gate_mode={mode}, {source.path} has {source.config.get('gate_mode')}: "
             f"convert with model.gate_mode={mode}"
         )
-    with stage.begin(STAGE, VERSION, config, inputs={"selector_model": str(source.path), "pool": where}) as out:
+    inputs = {"selector_model": str(source.path), "pool": where}
+    with distributed.together(config.training.distributed), stage.begin(STAGE, VERSION, config, inputs) as out:
         if out.done:
             return out.path
         from selectmoe.gate_training import GateTraining
@@ -178,6 +182,8 @@ def run(config: WarmupConfig) -> Path:
         chosen = choose_rows(rows, config)
         training = GateTraining(config, chosen, out)
         training.train()
+        if not out.leads:
+            return out.path
         training.save(out.staging)
         lines = (json.dumps({"dataset": r.dataset, "id": r.id}, sort_keys=True) + "\n" for r in training.rows)
         (out.staging / "warmup_rows.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -49,6 +49,11 @@ def check_names(words: list[str]) -> None:
     elif words[0].endswith("selectmoe"):
         assert words[1] in {**STAGES, **TOOLS}
         check_keys(words[1], words[2:])
+    elif words[0] == "torchrun":
+        at = words.index("selectmoe.cli")
+        assert words[at - 1] == "-m"
+        assert words[at + 1] in ("warmup", "finetune")
+        check_keys(words[at + 1], words[at + 2 :])
     elif words[:4] == ["python", "-m", "pipelines", "submit"]:
         compiled = next(yaml.safe_load_all((ROOT / "pipelines/select_moe/pipeline.yaml").read_text(encoding="utf-8")))
         known = {field.name for field in dataclasses.fields(Options)} | {*FLAGS}

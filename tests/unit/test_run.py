@@ -7,6 +7,7 @@ import pytest
 from selectmoe import check, cli
 from selectmoe import run as chain
 from selectmoe.config import leaves
+from selectmoe.errors import UserError
 from selectmoe.manifest import find_manifests, read_manifest
 
 
@@ -76,6 +77,12 @@ def test_every_preset_that_ships_is_valid(preset, tmp_path):
     config = cli.compose("run", [f"preset={preset}", f"output_dir={tmp_path / 'o'}"])
     assert check.stage_configs(config)
     assert config.finetune.training.layers == config.evaluate.layers
+
+
+@pytest.mark.parametrize("stage", ["warmup", "finetune"])
+def test_a_run_is_one_process(stage, tmp_path):
+    with pytest.raises(UserError, match=rf"{stage}\.training\.distributed is set by the run itself"):
+        cli.compose("run", [f"{stage}.training.distributed=ddp", "preset=tiny", f"output_dir={tmp_path / 'o'}"])
 
 
 def test_every_key_of_a_run_has_a_meaning():

@@ -53,6 +53,19 @@ def test_another_runs_output_is_refused_with_the_difference(tmp_path, source):
         work(tmp_path / "o", source)
 
 
+def test_a_stage_that_trains_nothing_runs_in_one_process(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="toy runs in one process, but torchrun started 4"):
+        work(tmp_path / "o", source)
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_output_is_a_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="output_dir=s3://b/o must be a folder"):
+        work("s3://b/o", source)
+
+
 def test_foreign_files_are_left_alone(tmp_path, source):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine.txt").write_text("precious")

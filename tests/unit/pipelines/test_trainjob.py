@@ -55,10 +55,26 @@ def test_it_is_what_trainer_defines(words: list[str], capsys: pytest.CaptureFixt
 def test_torchrun_runs_the_stage_on_every_node(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     trainer = rendered(capsys, [*words, *WORDS])["spec"]["trainer"]
     assert trainer["command"] == ["torchrun"]
-    assert trainer["args"] == ["-m", "selectmoe.cli", "finetune", *WORDS]
+    assert trainer["args"] == ["-m", "selectmoe.cli", "finetune", *WORDS, "training.distributed=ddp"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
     amount = {"cpu": "4", "memory": "32Gi", "nvidia.com/gpu": "4"}
     assert trainer["resourcesPerNode"] == {"requests": amount, "limits": amount}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["nodes=2"], ["training.distributed=ddp"]),
+        (["processes=2", "training.distributed=fsdp"], ["training.distributed=fsdp"]),
+        (["nodes=1"], []),
+        (["training.distributed=ddp"], ["training.distributed=ddp"]),
+    ],
+)
+def test_several_processes_train_together(
+    given: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = rendered(capsys, ["stage=finetune", *WORDS, *given])["spec"]["trainer"]["args"]
+    assert [word for word in args if word.startswith("training.distributed=")] == expected
 
 
 def test_the_profile_is_in_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +102,11 @@ def test_the_profile_is_in_it(words: list[str], capsys: pytest.CaptureFixture[st
         (["stage=finetune", "node=2"], "unknown key 'node'"),
         (["stage=finetune", "profile=/nowhere", *WORDS], "profile /nowhere"),
         (["stage=finetune"], "output_dir"),
+        (
+            ["stage=finetune", "nodes=3", "training.distributed=single", *WORDS],
+            "nodes x processes is 3: give ddp or fsdp",
+        ),
+        (["stage=finetune", "training.distributed=dpp", *WORDS], "known: single, ddp, fsdp"),
     ],
 )
 def test_mistakes_of_the_user(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
