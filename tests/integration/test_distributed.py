@@ -30,7 +30,8 @@ import json, sys, time
 from selectmoe import cli, distributed, finetuning, gate_training
 
 saved, stepped = finetuning.Trainer.save, gate_training.GateTraining._step
-added, steps = distributed.add_gradients, []
+added, sharded = distributed.add_gradients, distributed.shard
+steps, shares = [], []
 
 def hold(*args):
     saved(*args)
@@ -46,15 +47,22 @@ def count(parameters):
     steps.append(1)
     added(parameters)
 
+def shard(called, layers, whole):
+    sharded(called, layers, whole)
+    parameters = list(called.parameters())
+    here = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in parameters)
+    shares.append(here / sum(p.numel() for p in parameters))
+
 gate_training.COMMIT_SECONDS = finetuning.SAVE_SECONDS = -1.0
-distributed.add_gradients = count
+distributed.add_gradients, distributed.shard = count, shard
 for mode, code, made, words in json.loads(sys.argv[1]):
     finetuning.Trainer.save = hold if mode == "hold" else saved
     gate_training.GateTraining._step = fail if mode == "fail" else stepped
     steps.clear()
+    shares.clear()
     found = [cli.main(words), len(steps)]
-    if found != [code, made]:
-        sys.exit(f"process {distributed.rank()}: {words[:2]}: exit code and steps {found}, not {[code, made]}")
+    if found != [code, made] or bool(shares) != ("training.distributed=fsdp" in words) or any(s > 0.6 for s in shares):
+        sys.exit(f"process {distributed.rank()}: {words[:2]}: exit code and steps {found}, not {[code, made]}; shards {shares}")
 """
 """Commands in turn, with the exit code and the number of steps that each process is to have; every step is committed.
 
