@@ -60,8 +60,8 @@ lock: setup ## resolve requirements.lock anew
 image: ## build the image: TARGET=cpu|gpu, TAG=select-moe:dev; Docker or Podman, no .venv needed
 	@python3 image/build.py --target $(TARGET) --tag $(TAG) $(ARGS)
 
-image-test: setup ## build the image in a stock Docker engine and try it, hardened (root)
-	@$(PYTHON) -m pytest tests/image -q -n 0 -rs --timeout 1200
+image-test: setup ## build the image in a stock Docker engine, try it hardened, run the pipeline in it (root)
+	@scripts/image_test.sh
 
 sbom: setup ## build/sbom.cdx.json: what is installed here, as CycloneDX
 	@scripts/sbom.sh

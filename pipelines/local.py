@@ -1,11 +1,13 @@
 """The whole pipeline on this machine: what `make run` and `make down` call.
 
     python -m pipelines.local run [preset=quick] [data=rows.jsonl] [key=value ...]
+    python -m pipelines.local run runner=docker image=select-moe:dev [key=value ...]
     python -m pipelines.local down
 
 `run` checks the configuration in this process (a mistake is said in one line, before anything starts), starts a real
 S3 server and a real MLflow server or finds them again, and executes the KFP pipeline with KFP's local runner, its
 cache on. Everything lies below `.selectmoe/` (or `SELECTMOE_STATE`); a run that was killed goes on where it was.
+With `runner=docker` every task runs in a container of that image (pipelines/containers.py).
 KFP's own chatter goes to `.selectmoe/run.log`; the screen shows what the stages say.
 """
 
@@ -26,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from selectmoe.entry import STOPPING, at_stage, enter
+from selectmoe.entry import STOPPING, at_stage, ending, enter
 from selectmoe.errors import UserError
 from selectmoe.progress import quiet
 
@@ -44,7 +46,7 @@ def run(overrides: list[str]) -> int:
     """Check, start the servers, execute the pipeline, say what came of it.
 
     Args:
-        overrides: `key=value` settings of `selectmoe run`.
+        overrides: `key=value` settings of `selectmoe run`; `runner=docker image=NAME` for tasks in containers.
 
     Returns:
         The exit code: 0, or that of the stage that failed.
@@ -57,11 +59,13 @@ def run(overrides: list[str]) -> int:
 
     started = time.monotonic()
     state = state_folder()
+    image, overrides = _image(overrides)
     arguments = _pipeline_arguments(overrides, state)
     config = _compose(arguments, state)
     servers.check_ports(state)
     plan = check.plan(config)
-    arguments["data"] = config.data  # the preset's rows are on disk now
+    arguments["data"] = config.data  # the preset's rows and model are on disk now
+    arguments["source_model"] = config.source_model
     with _alone(state):
         from components import _plan
         from selectmoe import previews, runlog, sending, tracking
@@ -81,8 +85,10 @@ def run(overrides: list[str]) -> int:
         os.environ[runlog.RUN] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         with sending.sending(work_root):
             os.environ[sending.DEFER] = "1"  # for the tasks: importing mlflow takes seconds in each
-            succeeded = _execute(state, arguments)
+            with _tasks(image, state, arguments, config, events) as tasks:
+                succeeded = _execute(state, arguments, tasks)
             executed, failure = _read_events(events)
+            succeeded = succeeded and failure is None  # KFP takes a container that is gone too soon for a success
             found = runlog.result(work_root, key)
             result = Path(found["report"]) if found else None
             tags = {} if result is None else sending.verdict_tags(result)
@@ -117,6 +123,19 @@ def down() -> int:
     return 0
 
 
+def _image(overrides: list[str]) -> tuple[str, list[str]]:
+    """The image that the tasks run in (empty: they are processes), and the other settings."""
+    own = dict(item.split("=", 1) for item in overrides if item.startswith(("runner=", "image=")))
+    kind, image = own.get("runner", "process"), own.get("image", "")
+    if kind not in ("process", "docker") or (kind == "docker") != bool(image):
+        raise UserError(f"runner={kind} image={image}: known are runner=process and runner=docker image=NAME")
+    if image:
+        from pipelines import containers
+
+        containers.find(image)
+    return image, [item for item in overrides if not item.startswith(("runner=", "image="))]
+
+
 def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
     """The pipeline's parameters: what `selectmoe run` calls the same goes there, the rest through `config`."""
     from components._plan import PARAMETERS
@@ -136,6 +155,8 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
             arguments[key] = int(value)
         elif key in named:
             arguments[named[key]] = value.strip("[]") if named[key] in ("arms", "tasks") else value
+        elif key == "model_root" and "://" not in value:
+            rest.append(f"{key}={Path(value).resolve()}")
         else:
             rest.append(item)
     half = max(1, len(os.sched_getaffinity(0)) // 2)  # KFP's local runner does two of the loop's tasks at a time
@@ -143,9 +164,10 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
     own: dict[str, Any] = {"finetune.threads": half, "evaluate.threads": half}
     own |= {"demo_dir": state / "demo", "model_root": state / "models"}
     rest += [f"{key}={value}" for key, value in own.items() if key not in keys]
-    for key in ("data", "work_root"):
+    for key in ("data", "work_root", "source_model", "target_model"):
         value = arguments.get(key, "")
-        if value and "://" not in value:
+        elsewhere = "://" in value or (key.endswith("_model") and not Path(value).exists())
+        if value and not elsewhere:
             arguments[key] = str(Path(value).resolve())
     return arguments | {"config": rest}
 
@@ -182,14 +204,34 @@ def _environment(state: Path, mlflow: str) -> None:
     os.environ.update(mute)
 
 
-def _execute(state: Path, arguments: dict[str, Any]) -> bool:
+@contextlib.contextmanager
+def _tasks(image: str, state: Path, arguments: dict[str, Any], config: Any, events: Path) -> Iterator[Any]:
+    """KFP's runner of tasks: processes of this machine, or containers, of which none outlives the run."""
+    if not image:
+        from kfp import local
+
+        yield local.SubprocessRunner(use_venv=False)
+        return
+    from pipelines import containers
+
+    os.environ["SELECTMOE_IMAGE"] = image  # what the components are compiled with
+    events.touch()
+    read = [arguments["data"], config.source_model, config.target_model]
+    places = containers.places(state, arguments["work_root"], config.model_root, read, events)
+    containers.share((*places.written, state / "kfp", state / "workspace"))
+    containers.end(state)  # what a killed run has left
+    with ending(lambda: containers.end(state)):
+        yield containers.runner(image, places)
+
+
+def _execute(state: Path, arguments: dict[str, Any], runner: Any) -> bool:
     """Run the pipeline with KFP's local runner; whether every task did its work."""
     from kfp import local
 
     from pipelines.select_moe.pipeline import select_moe
 
     local.init(
-        local.SubprocessRunner(use_venv=False),
+        runner,
         pipeline_root=str(state / "kfp"),
         workspace_root=str(state / "workspace"),
         enable_caching=True,

@@ -25,6 +25,7 @@ from selectmoe.errors import Refused, Unavailable, UserError
 STOPPING = threading.Event()
 """Set when a signal ends this process: what the killed children still say is of no interest."""
 _spared: set[int] = set()
+_endings: list[Callable[[], None]] = []
 
 
 def enter(name: str, body: Callable[[], int]) -> int:
@@ -60,6 +61,20 @@ def enter(name: str, body: Callable[[], int]) -> int:
 def spare(pid: int) -> None:
     """Leave this child alone when a signal ends this process: it is to outlive it."""
     _spared.add(pid)
+
+
+@contextlib.contextmanager
+def ending(work: Callable[[], None]) -> Iterator[None]:
+    """End other work than child processes, too, when a signal ends this process meanwhile.
+
+    Args:
+        work: called in the signal's handler; an error of its own is said and changes nothing.
+    """
+    _endings.append(work)
+    try:
+        yield
+    finally:
+        _endings.remove(work)
 
 
 def _say(name: str, text: str, code: int) -> int:
@@ -121,6 +136,11 @@ def _signals(name: str) -> Iterator[None]:
         line = f"{name}: interrupted; the same command goes on from here\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())  # not print: the signal may have come in the middle of one
+        for end in _endings:
+            try:
+                end()
+            except Exception as error:
+                _say(name, f"not ended: {error}", 1)
         _kill_children()  # what a thread has started meanwhile
         os._exit(128 + number)
 

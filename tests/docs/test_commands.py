@@ -1,7 +1,7 @@
 """The commands of README and docs: pytest tests/docs
 
-Blocks marked `bash` are run. Blocks marked `bash long` or `bash cluster` are checked: every make target, every
-`selectmoe` stage and every key in them exists.
+Blocks marked `bash` are run. Blocks marked `bash long`, `bash cluster` or `bash image` are checked: every make target,
+every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("kind", "text"), BLOCKS)
 def test_block(kind: str, text: str) -> None:
-    assert kind in ("", "long", "cluster")
+    assert kind in ("", "long", "cluster", "image")
     if kind == "":
         subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=ROOT, check=True, timeout=60)
         return
@@ -45,7 +45,11 @@ def check_names(words: list[str]) -> None:
             pattern = rf"^{name}:" if "=" not in word else rf"\$\({name}\)"
             assert re.search(pattern, makefile, re.MULTILINE), f"make {word}"
             if name == "ARGS":
-                check_keys("run", word.split("=", 1)[1].split())
+                own = word.split("=", 1)[1].split()
+                check_keys("run", [item for item in own if not item.startswith(("runner=", "image=", "--"))])
+    elif words[:2] == ["docker", "run"]:
+        if "selectmoe" in words:
+            check_names(words[words.index("selectmoe") :])
     elif words[0].endswith("selectmoe"):
         assert words[1] in {**STAGES, **TOOLS}
         check_keys(words[1], words[2:])

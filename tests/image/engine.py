@@ -1,7 +1,7 @@
 """A container engine for the image's tests: the one that answers, or a stock Docker engine started for them.
 
-The engine that is started needs root and Debian's packages (`.ci/run` installs them); it makes no bridge and no firewall
-rule, so containers have the host's network or none. Its data lie in a folder of its own, removed at the end.
+The engine that is started needs root and Debian's packages (`make image-test` installs them); it makes no bridge and no
+firewall rule, so containers have the host's network or none. Its data lie in a folder of its own, removed at the end.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 BASE = "python:3.11-slim-bookworm"
 STAND_IN = "select-moe-test-base:bookworm"
@@ -47,29 +48,37 @@ def answers() -> bool:
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """An engine that answers; started, and stopped with everything that it holds, where there is none."""
+    """An engine that answers: the one that is here, or one started for the tests."""
     if answers():
         yield
         return
-    assert shutil.which("dockerd"), "no container engine answers, and dockerd is not installed (see .ci/run)"
-    folder = Path(tempfile.mkdtemp(prefix="select-moe-engine-"))
+    with tempfile.TemporaryDirectory(prefix="select-moe-engine-") as folder, started(Path(folder)):
+        yield
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[None]:
+    """An engine whose everything lies in a folder; at the end, whatever happened, no process and no mount is left of it.
+
+    Args:
+        folder: an empty one.
+    """
+    assert shutil.which("dockerd"), (
+        "no container engine answers, and dockerd is not installed (see scripts/image_test.sh)"
+    )
     socket = f"unix://{folder / 'socket'}"
     command = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"]
     command += ["--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")]
     command += ["--pidfile", str(folder / "pid"), "-H", socket]
-    before = os.environ.get("DOCKER_HOST")
-    with open(folder / "log", "wb") as log:
+    with pytest.MonkeyPatch.context() as patch, open(folder / "log", "wb") as log:
+        patch.setenv("DOCKER_HOST", socket)
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    os.environ["DOCKER_HOST"] = socket
-    try:
-        _wait(process, folder / "log")
-        yield
-    finally:
-        _clear()
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        os.environ.pop("DOCKER_HOST") if before is None else os.environ.update(DOCKER_HOST=before)
-        shutil.rmtree(folder)
+        try:
+            _wait(process, folder / "log")
+            yield
+        finally:
+            _stop(process)
+            unmount(folder)
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -80,11 +89,25 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.5)
 
 
-def _clear() -> None:
-    """End what still runs in the engine that was started for the tests."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the engine and what still runs in it."""
     names = docker("ps", "--all", "--quiet").stdout.split()
     if names:
         docker("rm", "--force", *names)
+    process.terminate()  # its containerd goes with it
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def unmount(folder: Path) -> None:
+    """Take away every mount below a folder: the engine leaves the network's name space of its containers."""
+    places = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    for place in reversed(places):  # the latest first
+        if Path(place).is_relative_to(folder):
+            subprocess.run(["umount", place], check=True)
 
 
 def base() -> str:

@@ -1,0 +1,92 @@
+"""pytest tests/unit/pipelines/test_containers.py"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines import containers, local
+from selectmoe.errors import UserError
+
+
+@pytest.fixture
+def image(monkeypatch):
+    monkeypatch.setattr(containers, "find", lambda name: name)
+    return "select-moe:dev"
+
+
+def test_runner_and_image_belong_together(image):
+    assert local._image(["preset=tiny"]) == ("", ["preset=tiny"])
+    assert local._image(["runner=process", "seeds=3"]) == ("", ["seeds=3"])
+    assert local._image(["runner=docker", "preset=tiny", f"image={image}"]) == (image, ["preset=tiny"])
+    for wrong in (["runner=docker"], [f"image={image}"], ["runner=podman", f"image={image}"]):
+        with pytest.raises(UserError, match="runner=docker image=NAME"):
+            local._image(wrong)
+
+
+def test_an_engine_that_does_not_answer_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'nothing'}")
+    with pytest.raises(UserError, match="no container engine answers") as error:
+        containers.find("select-moe:dev")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("state/work", "state/models", "rows", "model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "state/events").touch()
+    return tmp_path
+
+
+def test_a_task_is_restricted_and_sees_what_it_needs(folder, monkeypatch):
+    state = folder / "state"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("SELECTMOE_MODEL_CACHE", str(folder / "models"))
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    read = [str(folder / "rows"), str(folder / "model"), str(state / "work/made"), ""]
+    (state / "work/made").mkdir()
+    found = containers.places(state, str(state / "work"), str(state / "models"), read, state / "events")
+    given = containers.runner("select-moe:dev", found).container_run_args
+    assert given["read_only"] is True
+    assert given["cap_drop"] == ["ALL"]
+    assert given["security_opt"] == ["no-new-privileges"]
+    assert given["user"].split(":")[0] not in ("0", "root", "")
+    written = [m["Target"] for m in given["mounts"] if not m["ReadOnly"]]
+    assert written == [str(state / name) for name in ("work", "models", "events")]
+    assert [m["Source"] for m in given["mounts"] if m["ReadOnly"]] == [str(folder / n) for n in ("model", "rows")]
+    assert given["environment"]["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert given["environment"].keys().isdisjoint({"PYTHONPATH", "SELECTMOE_MODEL_CACHE"})
+
+
+def test_what_comes_from_elsewhere_goes_through_the_model_cache(folder, monkeypatch):
+    state, models = folder / "state", str(folder / "cache")
+    monkeypatch.setenv("SELECTMOE_MODEL_CACHE", models)
+    found = containers.places(state, "s3://bucket/work", str(state / "models"), [], state / "events")
+    assert found.written == (state / "models", Path(models), state / "events")
+    assert (
+        containers.runner("select-moe:dev", found).container_run_args["environment"]["SELECTMOE_MODEL_CACHE"] == models
+    )
+    found = containers.places(
+        state, str(state / "work"), str(state / "models"), ["s3://bucket/model"], state / "events"
+    )
+    assert (Path(models) in found.written, found.read) == (True, ())
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root's containers are somebody else")
+def test_what_root_makes_the_tasks_may_write_and_nobody_else(folder):
+    work = folder / "state/work"
+    (work / "old").mkdir(mode=0o755)
+    (work / "old/file").touch(mode=0o644)
+    before = os.umask(0o022)
+    try:
+        containers.share((work, folder / "new", folder / "state/events"))
+        (work / "old/later").mkdir()
+        (work / "old/later/file").touch()
+    finally:
+        os.umask(before)
+    for path in (work, work / "old", work / "old/later", folder / "new"):
+        assert (path.stat().st_gid, path.stat().st_mode & 0o7777) == (containers.USER, 0o2775)
+    for path in (work / "old/file", work / "old/later/file", folder / "state/events"):
+        assert (path.stat().st_gid, path.stat().st_mode & 0o7777) == (containers.USER, 0o664)
+    assert folder.stat().st_gid != containers.USER
