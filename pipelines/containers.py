@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selectmoe import cache
 from selectmoe.errors import UserError
@@ -22,6 +22,8 @@ USER = 10001
 PASSED = ("MLFLOW_", "AWS_", "SELECTMOE_")
 """How the names of environment variables begin that a task is given."""
 NAMED = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS", "DO_NOT_TRACK")
+CODE = "from components import _plan; from selectmoe import check; print(_plan.code(check.code_digest()))"
+"""What an image is asked for: the digest of the code that its tasks run."""
 LABEL = "org.select-moe.state"
 """The state folder of the run that a container belongs to."""
 
@@ -124,17 +126,29 @@ def end(state: Path) -> None:
                 raise
 
 
-def find(image: str) -> Any:
-    """The engine's record of an image.
+def prove(image: str) -> None:
+    """Prove that tasks can run in an image, and would do there what they would do here.
+
+    Args:
+        image: by tag or digest.
 
     Raises:
-        UserError: no container engine answers, or it has no such image.
+        UserError: no container engine answers, it has no such image, or other code is in it.
     """
     import docker
 
+    from components import _plan
+    from selectmoe import check
+
     try:
-        return docker.from_env().images.get(image)
+        client = docker.from_env()
+        client.images.get(image)
+        found = client.containers.run(image, ["python", "-c", CODE], network_mode="none", user=user(), remove=True)
     except docker.errors.ImageNotFound:
         raise UserError(f"image={image} is not here: run `make image`, or docker pull {image}") from None
+    except (docker.errors.ContainerError, docker.errors.APIError) as error:
+        raise UserError(f"image={image} is no image of Select-MoE ({error}): run `make image`") from None
     except docker.errors.DockerException as error:
         raise UserError(f"runner=docker: no container engine answers ({error}); start it, or set DOCKER_HOST") from None
+    if found.decode().strip() != _plan.code(check.code_digest()):
+        raise UserError(f"image={image} was built from other code than this: run `make image`")

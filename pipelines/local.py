@@ -132,7 +132,7 @@ def _image(overrides: list[str]) -> tuple[str, list[str]]:
     if image:
         from pipelines import containers
 
-        containers.find(image)
+        containers.prove(image)
     return image, [item for item in overrides if not item.startswith(("runner=", "image="))]
 
 

@@ -126,9 +126,16 @@ def stand_in() -> None:
     """Debian with its own Python 3.11, which trusts the certificates that this machine trusts."""
     with tempfile.TemporaryDirectory(prefix="select-moe-base-") as folder:
         root = Path(folder, "root")
+        root.mkdir()
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True
+        )  # dpkg waits for the disk at every file
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root), MIRROR]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        import_base(root)
+        try:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            import_base(root)
+        finally:
+            unmount(root)  # and what debootstrap mounted in it, if it was ended
 
 
 def import_base(root: Path) -> None:

@@ -1,21 +1,44 @@
 """pytest tests/unit/pipelines/test_containers.py"""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import docker
 import pytest
 
 from pipelines import containers, local
 from selectmoe.errors import UserError
 
 
+class Engine:
+    """A client of an engine: an image's program answers with a text, or it ends with an error."""
+
+    def __init__(self, answer):
+        self.answer, self.images, self.containers = answer, self, self
+
+    def get(self, name):
+        if name != "select-moe:dev":
+            raise docker.errors.ImageNotFound(name)
+
+    def run(self, image, command, **how):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE).stdout + self.answer
+
+
 @pytest.fixture
-def image(monkeypatch):
-    monkeypatch.setattr(containers, "find", lambda name: name)
-    return "select-moe:dev"
+def engine(monkeypatch):
+    def answers(text):
+        monkeypatch.setattr(docker, "from_env", lambda: Engine(text))
+
+    answers(b"")
+    return answers
 
 
-def test_runner_and_image_belong_together(image):
+def test_runner_and_image_belong_together(engine):
+    image = "select-moe:dev"
     assert local._image(["preset=tiny"]) == ("", ["preset=tiny"])
     assert local._image(["runner=process", "seeds=3"]) == ("", ["seeds=3"])
     assert local._image(["runner=docker", "preset=tiny", f"image={image}"]) == (image, ["preset=tiny"])
@@ -27,8 +50,19 @@ def test_runner_and_image_belong_together(image):
 def test_an_engine_that_does_not_answer_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="no container engine answers") as error:
-        containers.find("select-moe:dev")
+        containers.prove("select-moe:dev")
     assert "\n" not in str(error.value)
+
+
+def test_an_image_that_is_not_there_or_holds_something_else_is_said(engine):
+    with pytest.raises(UserError, match="image=other is not here: run `make image`"):
+        containers.prove("other")
+    engine(b"0")
+    with pytest.raises(UserError, match="image=select-moe:dev was built from other code"):
+        containers.prove("select-moe:dev")
+    engine(docker.errors.ContainerError("x", 1, ["python"], "select-moe:dev", b"No module named components"))
+    with pytest.raises(UserError, match=r"no image of Select-MoE .*No module named components"):
+        containers.prove("select-moe:dev")
 
 
 @pytest.fixture
