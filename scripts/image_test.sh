@@ -16,4 +16,4 @@ if [ ${#wanted[@]} -gt 0 ]; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
 fi
-exec .venv/bin/python -m pytest tests/image -q -n 0 -rs --timeout 1200 "$@"
+exec .venv/bin/python -m pytest tests/image -q -n 0 -rs --timeout 2400 "$@"
