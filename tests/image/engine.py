@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -107,7 +108,7 @@ def unmount(folder: Path) -> None:
     places = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     for place in reversed(places):  # the latest first
         if Path(place).is_relative_to(folder):
-            subprocess.run(["umount", place], check=True)
+            subprocess.run(["umount", "--lazy", place], check=True)  # what was killed may not have let go of it
 
 
 def base() -> str:
@@ -127,15 +128,18 @@ def stand_in() -> None:
     with tempfile.TemporaryDirectory(prefix="select-moe-base-") as folder:
         root = Path(folder, "root")
         root.mkdir()
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True
-        )  # dpkg waits for the disk at every file
+        # In memory: dpkg waits for the disk at every file.
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True)
         command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(root), MIRROR]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            assert process.wait() == 0, "debootstrap failed: see the lines above"
             import_base(root)
         finally:
-            unmount(root)  # and what debootstrap mounted in it, if it was ended
+            if process.poll() is None:  # a test that took too long: its programs work on without it
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            unmount(root)  # and what debootstrap mounted in it
 
 
 def import_base(root: Path) -> None:
