@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components._shell import Hardware, describe, task
+from components._shell import Hardware, describe, refusals, task
 from selectmoe import manifest as mf
 from selectmoe import sending
-from selectmoe.cache import Reference
+from selectmoe.cache import Reference, is_remote
 from selectmoe.errors import UserError
+from selectmoe.storage import prove_store
 
 if TYPE_CHECKING:
     from selectmoe.run import RunConfig
@@ -46,6 +47,9 @@ PARAMETERS = {
     "seeds": "seeds",
     "tasks": "evaluate.tasks",
     "shards": "shards",
+    "accelerator_type": "accelerator.type",
+    "accelerator_count": "accelerator.count",
+    "memory": "accelerator.memory",
     "gate": "report.gate",
     "work_root": "work_root",
 }
@@ -69,16 +73,22 @@ def check(artifact: Any, given: Mapping[str, str | int], config: list[str], hard
     from selectmoe import check as stage
 
     work_root = str(given["work_root"])
+    if is_remote(work_root):
+        with refusals("check"):  # quickly: a record in it would be tried again and again
+            prove_store(work_root)
     with task("check", work_root) as record:
         settings, mode = compose(given, config, artifact.path)
+        if settings.dry_run:
+            raise UserError("dry_run=true: a pipeline is not run to do nothing; give it to selectmoe run")
         output = stage.run(settings)
         found = stage.Plan(**json.loads((output / "check.json").read_text(encoding="utf-8")))
         record.entry["plan"] = plan_key(found)
         artifact.metadata.update(describe(output), plan=plan_key(found))
         sending.submit(output, work_root)
     configs = [json.dumps(found.stages[name], sort_keys=True) for name in STAGES]
-    source, target = (_reference(found, settings, name) for name in ("source_model", "target_model"))
-    rows = (str(Path(settings.data).resolve()), found.digests["pool"])
+    source, target = (_reference(found, name) for name in ("source_model", "target_model"))
+    data = settings.data if is_remote(settings.data) else str(Path(settings.data).resolve())
+    rows = (data, found.digests["pool"])
     shards = [f"{index}/{found.shards}" for index in range(found.shards)]
     loops = (found.arm_seeds, shards)
     chain = (
@@ -143,6 +153,5 @@ def plan_key(plan: Any) -> str:
     return mf.digest([plan.stages, plan.digests, plan.arm_seeds, plan.judge])
 
 
-def _reference(plan: Any, config: Any, name: str) -> str:
-    path = getattr(config, name)
-    return Reference(str(Path(path).resolve()), plan.digests[name]).to_json() if path else ""
+def _reference(plan: Any, name: str) -> str:
+    return Reference(plan.uris[name], plan.digests[name]).to_json() if name in plan.uris else ""

@@ -76,7 +76,7 @@ def run(
     final = Path(artifact.path)
     with task(stage, work_root, hardware):
         for path, digest in (unchanged or {}).items():
-            if mf.tree_identity(path) != digest:
+            if mf.tree_identity(cache.locate(path, "data")[0]) != digest:
                 raise UserError(f"{path} has changed since `check` read it: start the run again")
         try:
             _to_artifact(stage, final, config, code, work_root, inputs, values)
@@ -293,7 +293,8 @@ def task(stage: str, work_root: str, hardware: Hardware | None = None) -> Iterat
     """
     quiet()
     note(stage=stage)
-    record = runlog.Record(work_root, stage, **(dataclasses.asdict(hardware) if hardware else {}))
+    with refusals(stage):
+        record = runlog.Record(work_root, stage, **(dataclasses.asdict(hardware) if hardware else {}))
     try:
         if hardware:
             _prove(hardware)
@@ -307,6 +308,15 @@ def task(stage: str, work_root: str, hardware: Hardware | None = None) -> Iterat
         record.end(1, f"{type(error).__name__}: {error}")
         raise
     record.end()
+
+
+@contextmanager
+def refusals(stage: str) -> Iterator[None]:
+    """What is refused before the work root can take a record ends the task all the same, in one line."""
+    try:
+        yield
+    except tuple(EXIT_CODES) as error:
+        _end(stage, error)
 
 
 def _end(stage: str, error: Exception) -> NoReturn:

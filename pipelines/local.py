@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +36,8 @@ from selectmoe.progress import quiet
 STATE = "SELECTMOE_STATE"
 ALWAYS = ("check", "finish")
 """Tasks that are never cached."""
+WHOLE_NUMBERS = ("seeds", "shards", "accelerator.count")
+"""Settings that are parameters of the pipeline, and numbers there."""
 
 
 def state_folder() -> Path:
@@ -63,7 +66,10 @@ def run(overrides: list[str]) -> int:
     arguments = _pipeline_arguments(overrides, state)
     config = _compose(arguments, state)
     servers.check_ports(state)
-    plan = check.plan(config)
+    if config.dry_run:
+        check.preview(config, mlflow=False)
+        return 0
+    plan, up = _ready(config, state)
     arguments["data"] = config.data  # the preset's rows and model are on disk now
     arguments["source_model"] = config.source_model
     with _alone(state):
@@ -71,7 +77,6 @@ def run(overrides: list[str]) -> int:
         from selectmoe import previews, runlog, sending, tracking
         from selectmoe.config import values
 
-        up = servers.start(state)
         _environment(state, up["mlflow"].url)
         key = _plan.plan_key(plan)
         settings = values(config, "identity", "execution", "input")
@@ -114,6 +119,19 @@ def run(overrides: list[str]) -> int:
     return 0
 
 
+def _ready(config: Any, state: Path) -> tuple[Any, dict[str, Any]]:
+    """What is to be done, and the servers, which start while the demo is written and files are digested."""
+    from pipelines import servers
+    from selectmoe import check
+
+    with ThreadPoolExecutor(1) as beside:
+        starting: list[Future[dict[str, Any]]] = []
+        plan = check.plan(  # MLflow is proved by the pipeline's own `check`
+            config, mlflow=False, proved=lambda: starting.append(beside.submit(servers.start, state))
+        )
+        return plan, starting[0].result()
+
+
 def down() -> int:
     """Stop the servers that `run` started; nothing else."""
     from pipelines import servers
@@ -149,10 +167,10 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
         key, sign, value = item.partition("=")
         if not sign:
             raise UserError(f"{item!r} is not of the form key=value (selectmoe run --help)")
-        if key in ("seeds", "shards"):
+        if key in WHOLE_NUMBERS:
             if not value.isdigit():
                 raise UserError(f"{item} must be a whole number")
-            arguments[key] = int(value)
+            arguments[named[key]] = int(value)
         elif key in named:
             arguments[named[key]] = value.strip("[]") if named[key] in ("arms", "tasks") else value
         elif key == "model_root" and "://" not in value:

@@ -94,7 +94,7 @@ def locate(place: str, key: str = "source_model") -> tuple[Path, str]:
     if name == place and Path(place).exists():
         return Path(place), str(Path(place).resolve())
     if HUB_NAME.fullmatch(name.partition("@")[0]):
-        path = _from_hub(name, key)
+        path = from_hub(name, key, MODEL_FILES)
         return path, f"hf://{name.partition('@')[0]}@{path.name}"
     expected = "expected a folder, s3://bucket/prefix, or a hub name like OWNER/NAME"
     raise UserError(f"{key}={place} does not exist; {expected}")
@@ -356,18 +356,52 @@ def _alone(cache: Path, name: str) -> Iterator[None]:
         os.close(lock)
 
 
-def _from_hub(name: str, key: str) -> Path:
-    """The hub's snapshot of a model, in the hub's own cache (below ours where `SELECTMOE_MODEL_CACHE` is set)."""
+def on_hub(place: str) -> bool:
+    """Whether a place is on the hub and has to be asked for there: it is no path, and the hub is not switched off."""
+    if not place.startswith("hf://") and Path(place).exists():
+        return False
+    if not HUB_NAME.fullmatch(place.removeprefix("hf://").partition("@")[0]):
+        return False
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE
+
+
+def from_hub(name: str, key: str, patterns: list[str]) -> Path:
+    """The hub's snapshot of a model, in the hub's own cache (below ours where `SELECTMOE_MODEL_CACHE` is set).
+
+    Args:
+        name: `OWNER/NAME[@REVISION]`, with or without `hf://`.
+        key: the configuration key that named it, for messages.
+        patterns: which of its files are wanted.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
+
+    name = name.removeprefix("hf://")
+    model, _, revision = name.partition("@")
+    folder = root() / "hub" if os.environ.get(CACHE) else None
+    with hub_errors(f"{key}={name}"):
+        found = snapshot_download(
+            model, revision=revision or None, cache_dir=folder, allow_patterns=patterns, etag_timeout=5
+        )
+    return Path(found)
+
+
+@contextmanager
+def hub_errors(place: str) -> Iterator[None]:
+    """Turn the hub's errors into one line.
+
+    Raises:
+        UserError: `place` (KEY=OWNER/NAME[@REVISION]) is gated, private, unknown, or the hub does not answer.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    model, _, revision = name.partition("@")
-    place = f"{key}={name}"
-    folder = root() / "hub" if os.environ.get(CACHE) else None
+    model, _, revision = place.partition("=")[2].partition("@")
     try:
-        found = snapshot_download(
-            model, revision=revision or None, cache_dir=folder, allow_patterns=MODEL_FILES, etag_timeout=5
-        )
+        yield
     except GatedRepoError:
         raise UserError(
             f"{place} is gated: accept its terms on the hub and set HF_TOKEN to a token that may read it"
@@ -381,4 +415,3 @@ def _from_hub(name: str, key: str) -> Path:
     except (OSError, ValueError) as error:  # every other error of huggingface_hub is one of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{place} is neither a local folder nor a model that the hub gives: {reason}") from None
-    return Path(found)

@@ -1,39 +1,45 @@
 """The prerequisites of a whole run, proved before any work; and one resolved configuration per stage.
 
     selectmoe check preset=quick output_dir=out/check
+    selectmoe check data=rows.jsonl source_model=OLMOE target_model=MODEL work_root=s3://bucket/work output_dir=out/check
 
 Out: `check.json` (digests of data, models and code, the stages' configurations, an estimate of rows, tokens, FLOPs,
-bytes and hours). `plan` gives the same to the chain in one process and to the KFP pipeline, so that both do the same.
+bytes and hours); the estimate is printed as well. `plan` gives the same to the chain in one process and to the KFP
+pipeline, so that both do the same. The proofs themselves are in `selectmoe.prerequisites`; S3 and MLflow are asked in the
+background while data and models are read, so that all of it ends within 30 s, and several mistakes are said together.
+Only then are the demo's rows and model made, large files read for their digests, and what lies elsewhere brought here.
+
+With `dry_run=true`, `selectmoe check` and `selectmoe run` prove the same, print the estimate, and write nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import struct
+import sys
+import tempfile
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selectmoe import demo, manifest, stage
+from selectmoe import cache, checkpoint, demo, manifest, prerequisites, stage
 from selectmoe.config import build, leaves, values
 from selectmoe.demo import DemoConfig
 from selectmoe.errors import UserError
-from selectmoe.ingest import holdout_size
-from selectmoe.picking import most_rows, target_rows
+from selectmoe.estimate import Model, Pool, describe, estimate
+from selectmoe.glimpse import Glimpse, look
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
-from selectmoe.select import SelectConfig
-from selectmoe.selection import CLUSTERED
 from selectmoe.storage import prove_store
-from selectmoe.upcycle import DENSE
+from selectmoe.upcycle import DENSE, olmoe_config
 
 STAGE = "check"
 VERSION = 1
 MODELS = ("source_model", "target_model")
-BYTES_PER_TOKEN = 4.0
-"""UTF-8 bytes of English text per token of a BPE tokenizer, about; for the estimate only."""
-DEVICES = {"cpu": 1e11, "a100": 1.5e14, "h100": 4e14}
-"""FLOP/s that a stage reaches, about; for the estimate only."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Without one of these there is no tokenizer, whatever transformers makes of the rest."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Plan:
 
     stages: dict[str, dict[str, Any]]
     digests: dict[str, str]
+    uris: dict[str, str]
+    """Where another machine finds the models: a path, s3:// or hf://."""
     arms: list[str]
     arm_seeds: list[str]
     judge: str
@@ -49,10 +57,19 @@ class Plan:
     estimate: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Proved:
+    """What the proofs found: sizes of the rows, how many of them are selected, and the models by their key."""
+
+    pool: Pool | None
+    selected: int
+    models: dict[str, tuple[Model, Glimpse]]
+
+
 def resolve(config: RunConfig) -> DemoConfig | None:
     """Fill in what the user did not name: the places of the demo's rows and model.
 
-    Nothing is planted into the user's own rows by a preset, and without planted rows there is no oracle.
+    Nothing is planted into the user's own rows by a preset, and without planted rows the preset has no oracle.
 
     Returns:
         What the demo has to make before the run can read it; None where everything is the user's.
@@ -70,11 +87,12 @@ def resolve(config: RunConfig) -> DemoConfig | None:
             wanted.validate()
         if own_rows:
             config.ingest.plant.share = 0.0
+            config.arms = [arm for arm in config.arms if arm != "oracle"]
         config.data = config.data or str(folder / "data")
         if wants_model:
             config.source_model = str(folder / "model")
     if config.ingest.plant.share == 0 and "oracle" in config.arms:
-        config.arms = [arm for arm in config.arms if arm != "oracle"]
+        raise UserError("arm oracle leaves out planted rows: give ingest.plant.share, or leave it out of arms=")
     if not config.data:
         raise UserError("data= is missing: name a file of rows or a folder of datasets, or take preset=quick")
     if config.judge != "pretrain" and not config.source_model:
@@ -84,65 +102,113 @@ def resolve(config: RunConfig) -> DemoConfig | None:
     return wanted
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, *, mlflow: bool = True, proved: Callable[[], None] = lambda: None) -> Plan:
     """Prove the prerequisites and resolve the stages' configurations.
-
-    Raises:
-        UserError: anything that would stop the run later: one line, what, where, what would be right.
-    """
-    demo_config = resolve(config)
-    stages = stage_configs(config)
-    if config.work_root.startswith("s3://"):
-        prove_store(config.work_root)
-    if demo_config:
-        _prove_before_demo(config, demo_config)
-        demo.run(demo_config)
-    rows, text = _read_rows(config)
-    check_amount(config, stages["select"], rows)
-    sizes = {name: _check_model(config, name) for name in MODELS if getattr(config, name)}
-    digests = {name: manifest.identity_of(getattr(config, name)) for name in sizes}
-    digests |= {"pool": manifest.tree_identity(config.data), "code": code_digest()}
-    arm_seeds = [f"{arm}:{seed}" for arm in config.arms for seed in range(config.seeds)]
-    estimate = _estimate(config, rows, text, sizes, len(arm_seeds))
-    return Plan(stages, digests, list(config.arms), arm_seeds, config.judge, config.shards, estimate)
-
-
-def _prove_before_demo(config: RunConfig, wanted: DemoConfig) -> None:
-    """Prove what does not depend on the demo's rows and model, so that a mistake leaves none of them behind."""
-    made = Path(wanted.output_dir)
-    if Path(config.data) != made / "data":
-        rows, _ = _read_rows(config)
-    else:
-        rows = wanted.rows or demo.PRESETS[wanted.preset][0]
-    check_amount(config, stage_configs(config)["select"], rows)
-    for name in MODELS:
-        if (path := getattr(config, name)) and Path(path) != made / "model":
-            _check_model(config, name)
-
-
-def check_amount(config: RunConfig, select: dict[str, Any], rows: int) -> None:
-    """Refuse a budget that the pool cannot give, or that picking's filter does not leave.
 
     Args:
         config: of the whole run.
-        select: the resolved configuration of `select`.
-        rows: how many come in, before the holdout.
+        mlflow: whether MLflow is to be proved; not before a program starts its own.
+        proved: called when no mistake of the user's is left to be found, before the demo is made and digests are computed.
 
     Raises:
-        UserError: it cannot; the message names the largest that can.
+        UserError: anything that would stop the run later: one line, what, where, what would be right.
+        Unavailable: a server failed that the run cannot do without.
     """
-    held = holdout_size(config.ingest.holdout, rows)
-    share = config.ingest.plant.share
-    n = rows - held + round(share * (rows - held) / (1 - share))
-    target = select["selection_rows"] or target_rows(n, select["selection_percentage"])
-    settings = build(SelectConfig, select)
-    drop = settings.parts()["drop"] if settings.method in CLUSTERED else 0.0
-    if select["selection_tokens"] is None and target > most_rows(n, drop):
-        filtered = f", of which picking leaves {most_rows(n, drop)} (filter.drop={drop:g})" if drop else ""
-        raise UserError(
-            f"budget={config.budget} is {target} rows, but the pool has {n} ({rows} read, {held} held out){filtered}: "
-            "take a smaller budget or more rows"
-        )
+    wanted, stages = resolve(config), stage_configs(config)
+    servers = _servers(config, mlflow)
+    if wanted and (lacking := _lacking(wanted)):
+        prove(config, servers, lacking)  # so that a mistake leaves nothing of the demo behind
+        proved()
+        demo.run(wanted)
+        found = prove(config, [])
+    else:
+        found = prove(config, servers)
+        proved()
+    costs = _estimate(config, found)
+    references = {name: glimpse.reference() for name, (_, glimpse) in found.models.items()}
+    digests = {name: reference.digest for name, reference in references.items()}
+    digests |= {"pool": manifest.tree_identity(cache.locate(config.data, "data")[0]), "code": code_digest()}
+    if folder := config.evaluate.include_path:
+        digest = manifest.tree_identity(folder)
+        stages["evaluate"] |= {"include_path": str(Path(folder).resolve()), "include_digest": digest}
+    arm_seeds = [f"{arm}:{seed}" for arm in config.arms for seed in range(config.seeds)]
+    uris = {name: reference.uri for name, reference in references.items()}
+    return Plan(stages, digests, uris, list(config.arms), arm_seeds, config.judge, config.shards, costs)
+
+
+def preview(config: RunConfig, *, mlflow: bool = True) -> None:
+    """What `dry_run=true` does: prove all that can be proved, print the estimate, and write nothing.
+
+    Args:
+        config: of the whole run.
+        mlflow: as for `plan`.
+
+    Raises:
+        UserError, Unavailable: as `plan`.
+    """
+    wanted = resolve(config)
+    stage_configs(config)
+    lacking = _lacking(wanted) if wanted else []
+    found = prove(config, _servers(config, mlflow), lacking)
+    if lacking:
+        print(f"check: nothing is wrong; no estimate, since the demo makes {' and '.join(lacking)} only when it is run")
+    else:
+        print(f"check: all prerequisites are there\n{describe(_estimate(config, found))}")
+
+
+def prove(config: RunConfig, servers: Collection[Callable[[], None]], lacking: Collection[str] = ()) -> Proved:
+    """Prove rows, models, tasks and places, and what `servers` prove, side by side.
+
+    Args:
+        config: of the whole run, resolved.
+        servers: proofs that mostly wait.
+        lacking: places that the demo has yet to make, of which nothing can be read.
+
+    Returns:
+        What was found; no pool where the demo has yet to make it.
+
+    Raises:
+        UserError: all mistakes in one line.
+        Unavailable: nothing is wrong but a server that does not answer.
+    """
+    proofs = prerequisites.Proofs()
+    pool, selected = None, 0
+    with ThreadPoolExecutor() as background, tempfile.TemporaryDirectory() as scratch:
+        asked = [background.submit(proofs.attempt, proof) for proof in servers]
+        proofs.attempt(prerequisites.check_places, config)
+        if config.data in lacking:
+            rows = demo.PRESETS[config.demo][0]
+            proofs.attempt(prerequisites.check_rows, config, rows)
+        elif pool := proofs.attempt(prerequisites.read_pool, config):
+            selected = proofs.attempt(prerequisites.check_rows, config, pool.rows, pool.answers) or 0
+        proofs.attempt(prerequisites.check_tasks, config)
+        models = _check_models(config, proofs, lacking, Path(scratch))
+        for answer in asked:
+            answer.result()
+    proofs.settle()
+    return Proved(pool, selected, models)
+
+
+def _lacking(wanted: DemoConfig) -> list[str]:
+    """What the demo is to make and has not made yet."""
+    places = [Path(wanted.output_dir, "data"), *([Path(wanted.output_dir, "model")] if wanted.model else [])]
+    return [str(place) for place in places if not place.is_dir()]
+
+
+def _servers(config: RunConfig, mlflow: bool) -> list[Callable[[], None]]:
+    """A proof per place on S3 that is written to, and that of MLflow."""
+    roots = {root for root in (config.work_root, config.model_root) if root.startswith("s3://")}
+    proofs: list[Callable[[], None]] = [partial(prove_store, root) for root in sorted(roots)]
+    return [*proofs, partial(prerequisites.check_mlflow, config)] if mlflow else proofs
+
+
+def _estimate(config: RunConfig, found: Proved) -> dict[str, Any]:
+    """The cost of the run, for which there must be room."""
+    assert found.pool is not None
+    source, target = (found.models[name][0] if name in found.models else None for name in MODELS)
+    costs = estimate(config, found.pool, found.selected, source, target)
+    prerequisites.check_disk(config, costs["bytes"])
+    return costs
 
 
 def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -168,7 +234,10 @@ def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
             stages[name].pop(key, None)
         if name == "route":
             stages[name].pop("shard")
-        _validate(cls, stages[name], planted="oracle" in config.arms and name == "baseline")
+        try:
+            _validate(cls, stages[name], planted="oracle" in config.arms and name == "baseline")
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     return stages
 
 
@@ -189,62 +258,59 @@ def _validate(cls: Any, resolved: dict[str, Any], planted: bool) -> None:
     config.validate()
 
 
-def _read_rows(config: RunConfig) -> tuple[int, int]:
-    """Rows of the data and bytes of their text, read as `ingest` will.
+def _check_models(
+    config: RunConfig, proofs: prerequisites.Proofs, lacking: Collection[str], scratch: Path
+) -> dict[str, tuple[Model, Glimpse]]:
+    """Every model that is named and there, by its key; a mistake is said once where both keys name the same model."""
+    models: dict[str, tuple[Model, Glimpse]] = {}
+    for name in MODELS:
+        given = getattr(config, name)
+        if given in ("", *lacking):
+            continue
+        if name == "target_model" and given == config.source_model:
+            found = models.get("source_model")
+        else:
+            found = proofs.attempt(_check_model, config, name, scratch / name)
+        if found:
+            models[name] = found
+    return models
 
-    Raises:
-        UserError: what `ingest` would raise.
-    """
-    from selectmoe import ingest
 
-    reading = dataclasses.replace(config.ingest, data=config.data)
-    intake = ingest.Intake()
-    for name, path in ingest.find_datasets(reading).items():
-        ingest.read_dataset(name, path, intake)
-    ingest.check_rejected(intake, reading.max_rejected, config.data)
-    if not intake.rows:
-        raise UserError(f"data={config.data} holds no usable row")
-    text = sum(len(m["content"].encode("utf-8", "surrogatepass")) for _, _, messages in intake.rows for m in messages)
-    return len(intake.rows), text
-
-
-def _check_model(config: RunConfig, name: str) -> int:
-    """Number of parameters of a model; proves that it is there and of a kind that its role can use.
+def _check_model(config: RunConfig, name: str, scratch: Path) -> tuple[Model, Glimpse]:
+    """Sizes of a model; proves that it is there, whole, with a tokenizer, and of a kind that fits its role.
 
     Raises:
         UserError: it is not.
     """
-    path = Path(getattr(config, name))
-    if not (path / "config.json").is_file():
-        raise UserError(f"{name}={path} holds no config.json: expected a transformers checkpoint folder")
+    from selectmoe.template import load_tokenizer
+
+    given = getattr(config, name)
+    found = look(given, name, scratch)
+    kinds, advice = _kinds(config, name)
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError:
-        raise UserError(f"{path / 'config.json'} is not JSON") from None
-    if name == "source_model" and config.judge == "olmoe" and kind != "olmoe":
-        raise UserError(
-            f"{name}={path} is of model_type {kind!r}, not olmoe: give an OLMoE checkpoint, or judge=upcycle"
-        )
-    if name == "source_model" and config.judge == "upcycle" and kind not in DENSE:
-        raise UserError(f"{name}={path} is of model_type {kind!r}: judge=upcycle takes {', '.join(DENSE)}")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{name}={path} holds no *.safetensors: save the model with save_pretrained")
-    return sum(_parameters(file) for file in weights)
+        source = checkpoint.read(found.folder, f"{name}={given}", kinds, advice)
+        model = prerequisites.read_model(source, headers=found.whole)
+        if name == "source_model" and config.judge == "upcycle":
+            olmoe_config(source.config, config.upcycle)
+        if not any((found.folder / file).is_file() for file in VOCABULARIES):
+            raise UserError(
+                f"{name}={given} has no tokenizer ({' or '.join(VOCABULARIES)}): save it beside the weights"
+            )
+        load_tokenizer(found.folder)
+    except UserError as error:
+        raise UserError(str(error).replace(str(scratch), given)) from None
+    return model, found
 
 
-def _parameters(file: Path) -> int:
-    """Number of parameters in a safetensors file, from its header."""
-    with open(file, "rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 1
-            for n in entry["shape"]:
-                size *= n
-            total += size
-    return total
+def _kinds(config: RunConfig, name: str) -> tuple[tuple[str, ...], str]:
+    """The model types that a role takes, and what to do with another."""
+    if name == "source_model" and config.judge == "olmoe":
+        return ("olmoe",), "give an OLMoE checkpoint, or judge=upcycle for a Llama-like one"
+    if name == "source_model" and config.judge == "upcycle":
+        return DENSE, f"judge=upcycle takes {', '.join(DENSE)}"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "give a causal language model"
 
 
 def code_digest() -> str:
@@ -255,32 +321,12 @@ def code_digest() -> str:
     )
 
 
-def _estimate(config: RunConfig, rows: int, text: int, sizes: dict[str, int], tunings: int) -> dict[str, Any]:
-    """Rows, tokens, FLOPs (2 per parameter and token forward, 6 in training), bytes and hours by device."""
-    tokens = text / BYTES_PER_TOKEN
-    judge, target = sizes.get("source_model", 0), sizes.get("target_model", 0)
-    budget = parse_budget(config.budget)
-    share = budget.get("selection_percentage") or (
-        budget["selection_rows"] / rows if "selection_rows" in budget else budget["selection_tokens"] / tokens
-    )
-    flops = 2.0 * judge * tokens + 6.0 * target * tokens * min(share, 1.0) * tunings
-    hours = {name: flops / speed / 3600 for name, speed in DEVICES.items()}
-    return {
-        "rows": rows,
-        "tokens": round(tokens),
-        "flops": flops,
-        "checkpoint_bytes": 4 * judge * 2,
-        "fine_tunings": tunings,
-        "hours": {name: round(value, 4) for name, value in hours.items()},
-    }
-
-
-def run(config: RunConfig, folder: Path | None = None) -> Path:
-    """Write `check.json`.
+def run(config: RunConfig, found: Plan | None = None) -> Path:
+    """Write `check.json`, and print the estimate; with `dry_run` only print it.
 
     Args:
         config: of the whole run.
-        folder: where to write; default: `config.output_dir`.
+        found: its plan; default: it is made.
 
     Returns:
         The folder.
@@ -288,14 +334,23 @@ def run(config: RunConfig, folder: Path | None = None) -> Path:
     Raises:
         UserError: as `plan`.
     """
-    found = plan(config)
-    place = dataclasses.replace(config, output_dir=str(folder or config.output_dir), work_root="")
-    inputs = {"data": config.data, "source_model": config.source_model, "target_model": config.target_model}
+    if config.dry_run:
+        preview(config)
+        return Path(config.output_dir)
+    found = found or plan(config)
+    print(f"check: all prerequisites are there\n{describe(found.estimate)}", file=sys.stderr)
+    text = json.dumps(dataclasses.asdict(found), indent=1, sort_keys=True) + "\n"
+    place = dataclasses.replace(config, work_root="")
+    inputs = {name: {"uri": uri, "identity": found.digests[name]} for name, uri in found.uris.items()}
+    inputs |= {"data": {"uri": config.data, "identity": found.digests["pool"]}}
     with stage.begin(STAGE, VERSION, place, inputs=inputs) as out:
-        if out.done:
+        if out.done and (out.path / "check.json").read_text(encoding="utf-8") == text:
             return out.path
-        text = json.dumps(dataclasses.asdict(found), indent=1, sort_keys=True)
-        (out.staging / "check.json").write_text(text + "\n", encoding="utf-8")
-        rows = found.estimate["rows"]
-        out.commit(rows_in=rows, rows_out=rows, bookkeeping=["check.json"])
-    return out.path
+        if not out.done:
+            (out.staging / "check.json").write_text(text, encoding="utf-8")
+            rows = found.estimate["rows"]
+            out.commit(rows_in=rows, rows_out=rows, bookkeeping=["check.json"])
+            return out.path
+    for name in (manifest.NAME, "check.json"):  # the same work is to be done in another way, say in more shards
+        (out.path / name).unlink()
+    return run(config, found)

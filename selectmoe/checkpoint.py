@@ -64,7 +64,21 @@ def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "
         UserError: nothing is there, it holds no safetensors weights, or it is another kind of model.
     """
     path, _ = cache.locate(source, key)
-    where = f"{key}={source}"
+    return read(path, f"{key}={source}", model_types, advice)
+
+
+def read(path: Path, where: str, model_types: tuple[str, ...], advice: str = "") -> Source:
+    """The checkpoint in a folder.
+
+    Args:
+        path: the folder.
+        where: how the user named it, for messages.
+        model_types: as in `resolve`.
+        advice: as in `resolve`.
+
+    Raises:
+        UserError: it is none, holds no safetensors weights, or it is another kind of model.
+    """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -74,7 +88,8 @@ def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in model_types:
         hint = f"; {advice}" if advice else ""
-        raise UserError(f"{where} has model_type {kind!r}, expected {' or '.join(model_types)}{hint}")
+        expected = " or ".join(model_types) if len(model_types) < 5 else f"one of {len(model_types)} others"
+        raise UserError(f"{where} has model_type {kind!r}, expected {expected}{hint}")
     if not _shards(path):
         raise UserError(f"{where} holds no safetensors weights (model.safetensors, or shards and {INDEX})")
     return Source(path, config)

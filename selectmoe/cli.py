@@ -40,6 +40,8 @@ STAGES = {
     "report": "tables, plots and the verdict in one HTML page",
     "run": "the whole chain in one process",
 }
+PLANNED = ("check", "run")
+"""What concerns a whole run: its mistakes are said together."""
 TOOLS = {
     "demo": "real rows and a small real model from installed packages, to try Select-MoE with",
     "clean": "remove what abandoned runs left below a work root",
@@ -247,12 +249,16 @@ def dispatch(arguments: list[str]) -> int:
 
         print(yaml.safe_dump(values(config, "identity", "execution", "input"), sort_keys=False), end="")
         return 0
-    if config.work_root.startswith("s3://"):
+    if config.work_root.startswith("s3://") and name not in PLANNED:
         from selectmoe.storage import prove_store
 
         prove_store(config.work_root)
     if name == "clean":  # no stage: it writes no output
         importlib.import_module("selectmoe.clean").run(config)
+        return 0
+    module = importlib.import_module(f"selectmoe.{name}")
+    if getattr(config, "dry_run", False):
+        module.run(config)
         return 0
     from selectmoe import sending
 
@@ -260,8 +266,11 @@ def dispatch(arguments: list[str]) -> int:
     log = None if distributed.rank() else place / "logs" / f"{name}.log"
     refusal: Refused | None = None
     try:
-        with sending.command(name, config), at_stage(name, log=log):
-            output = importlib.import_module(f"selectmoe.{name}").run(config)
+        with at_stage(name, log=log):
+            # the whole run's mistakes are said before anything is written, or told to MLflow
+            prepared = [module.plan(config)] if name in PLANNED else []
+            with sending.command(name, config):
+                output = module.run(config, *prepared)
     except Refused as error:  # it ran, and what it wrote is complete
         output, refusal = place, error
     if distributed.rank():  # of several processes that train together, the first writes

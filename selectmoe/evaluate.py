@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selectmoe import stage
-from selectmoe.config import StageConfig, identity, input_
+from selectmoe.config import StageConfig, execution, identity, input_
 from selectmoe.errors import UserError
+from selectmoe.manifest import identity_of
 from selectmoe.pool import locate, read_pool
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class EvaluateConfig(StageConfig):
     adapters: list[str] = input_([], doc="output of finetune, at most one; none: the model as it is")
     holdout: str = input_("", doc="ingest's output_dir, or its holdout folder")
     include_path: str = input_("", doc="folder of lm-eval task files of your own")
+    include_digest: str = execution("", doc="identity that include_path must have; a run sets it, for KFP's cache")
     arm: str = identity("base", doc="which arm the adapter belongs to")
     layers: int = identity(0, doc="cut the model to its first n layers, as finetune did; 0: all")
     tasks: list[str] | None = identity(
@@ -96,6 +98,8 @@ def run(config: EvaluateConfig) -> Path:
     holdout = str(locate(config.holdout, "holdout")) if config.holdout else ""
     if config.include_path and not Path(config.include_path).is_dir():
         raise UserError(f"include_path={config.include_path} is no folder: give a local folder of task files")
+    if config.include_digest not in ("", identity_of(config.include_path) if config.include_path else ""):
+        raise UserError(f"include_path={config.include_path} is no longer what `check` saw: start the run again")
     tasks = config.tasks if config.tasks is not None else [] if holdout else list(DEFAULT_TASKS)
     from selectmoe import finetuning
 
@@ -104,7 +108,7 @@ def run(config: EvaluateConfig) -> Path:
     with stage.begin(STAGE, VERSION, config, inputs=inputs) as out:
         if out.done:
             return out.path
-        manager = _task_manager(tasks, config.include_path) if tasks else None
+        manager = task_manager(tasks, config.include_path) if tasks else None
         model, tokenizer = _load(config, path)
         results, dropped = _holdout(config, model, tokenizer, holdout, out) if holdout else ([], {})
         metrics = {HOLDOUT: "answer bits per byte"} if holdout else {}
@@ -156,7 +160,7 @@ def _holdout(
     return [Result(HOLDOUT, r.dataset, r.id, b, float(heldout.answer_bytes(r))) for r, b in pairs], dropped
 
 
-def _task_manager(tasks: Sequence[str], include_path: str) -> Any:
+def task_manager(tasks: Sequence[str], include_path: str) -> Any:
     """lm-eval's index of tasks: the local ones alone (fast) where they are all that is asked for.
 
     Raises:

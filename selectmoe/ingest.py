@@ -200,18 +200,23 @@ def own_dataset(record: dict[str, Any], default: str) -> str:
     return name
 
 
-def check_rejected(intake: Intake, most: float, place: str) -> None:
-    """Refuse a pool of which too much was rejected, with the first ten reasons; `place` is where it was read.
+def check_rejected(rejected: list[dict[str, Any]], seen: int, most: float, place: str) -> None:
+    """Refuse a pool of which too much was rejected, with the first ten reasons.
+
+    Args:
+        rejected: the records that were rejected.
+        seen: how many were read.
+        most: share that may be rejected.
+        place: where they were read, for the message.
 
     Raises:
-        UserError: more than the share `most` was rejected, or no row is left.
+        UserError: more than that was rejected, or no row is left.
     """
-    rejected = intake.rejected
     reasons = "; ".join(f"{r['dataset']}/{r['file']} line {r['line']}: {r['reason']}" for r in rejected[:10])
-    if len(rejected) > most * intake.seen:
-        allowed = f"max_rejected={most:g} allows {int(most * intake.seen)}"
-        raise UserError(f"{place}: {len(rejected)} of {intake.seen} rows cannot be used ({allowed}): {reasons}")
-    if not intake.rows:
+    if len(rejected) > most * seen:
+        allowed = f"max_rejected={most:g} allows {int(most * seen)}"
+        raise UserError(f"{place}: {len(rejected)} of {seen} rows cannot be used ({allowed}): {reasons}")
+    if len(rejected) == seen:
         raise UserError(
             f"{place}: the pool is empty: "
             + (
@@ -350,7 +355,8 @@ def run(config: IngestConfig) -> Path:
         intake = Intake()
         for name, path in datasets.items():
             read_dataset(name, path, intake)
-        check_rejected(intake, config.max_rejected, config.data or config.dataset.local.data_dir)
+        place = config.data or config.dataset.local.data_dir
+        check_rejected(intake.rejected, intake.seen, config.max_rejected, place)
         planting = config.plant.share > 0
         rows = assign_ids((name, "" if planting else row_id, messages) for name, row_id, messages in intake.rows)
         pool, holdout, copies = split(rows, holdout_size(config.holdout, len(rows)))

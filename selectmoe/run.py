@@ -10,7 +10,7 @@ stands: hence the same identities. Out: one folder per stage. A second call find
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from selectmoe.ingest import IngestConfig
 from selectmoe.merge import MergeConfig
 from selectmoe.pretrain import PretrainConfig
 from selectmoe.report import ReportConfig
+from selectmoe.resources import AcceleratorConfig
 from selectmoe.route import RouteConfig
 from selectmoe.select import SelectConfig
 from selectmoe.selection import parse_arm
@@ -64,6 +65,17 @@ MANAGED = {
     "evaluate": ("arm",),
 }
 """Keys of the stages that the chain sets itself: from its own keys, or task by task."""
+FREE_INPUTS = ("evaluate.include_path",)
+"""Inputs of stages that the chain does not make, hence the user's to name."""
+
+
+@dataclass
+class MlflowConfig:
+    """Whether a run depends on MLflow."""
+
+    required: bool | None = execution(
+        None, doc="whether MLflow must work when the run begins; default: where MLFLOW_TRACKING_URI is set"
+    )
 
 
 @dataclass
@@ -83,6 +95,9 @@ class RunConfig(StageConfig):
     model_root: str = execution(
         "", doc="folder for large checkpoints, or s3:// to keep them there too; default: OUTPUT_DIR"
     )
+    dry_run: bool = execution(False, doc="prove what can be proved, print what it will cost, and do nothing")
+    accelerator: AcceleratorConfig = group(AcceleratorConfig)
+    mlflow: MlflowConfig = group(MlflowConfig)
     ingest: IngestConfig = group(IngestConfig)
     upcycle: UpcycleConfig = group(UpcycleConfig)
     pretrain: PretrainConfig = group(PretrainConfig)
@@ -109,8 +124,10 @@ class RunConfig(StageConfig):
             raise UserError("arms= must hold selected and random: the verdict compares them")
         if len(set(self.arms)) < len(self.arms):
             raise UserError(f"arms={self.arms} names an arm twice")
+        self.accelerator.validate()
         for arm in self.arms:
-            parse_arm(arm)
+            self._check_score(f"arm {arm}", parse_arm(arm).score)
+        self._check_score("select.score", self.select.score)
         if self.seeds < 3:
             raise UserError(f"seeds={self.seeds}: a verdict needs at least 3")
         if self.shards < 1:
@@ -119,13 +136,20 @@ class RunConfig(StageConfig):
         for name, cls in CONFIGS.items():
             self._check_managed(name, cls)
 
+    def _check_score(self, what: str, score: str) -> None:
+        """Raise `UserError` where routing would not compute what a score is made of."""
+        for part in {"nll": ("nll",), "ifd": ("nll", "ifd"), "combined": ("nll", "ifd")}.get(score, ()):
+            if not getattr(self.route, part):
+                raise UserError(f"{what} ranks by {score}: it needs route.{part}=true, or leave it out")
+
     def _check_managed(self, name: str, cls: type[StageConfig]) -> None:
         own = (*MANAGED[""], *MANAGED.get(name, ()))
         for leaf in leaves(cls):
             value: Any = getattr(self, name)
             for part in leaf.name.split("."):
                 value = getattr(value, part)
-            if (leaf.name in own or leaf.role == "input") and value != leaf.default:
+            taken = leaf.name in own or (leaf.role == "input" and f"{name}.{leaf.name}" not in FREE_INPUTS)
+            if taken and value != leaf.default:
                 raise UserError(
                     f"{name}.{leaf.name} is set by the run itself: use the run's own keys (selectmoe run --help)"
                 )
@@ -163,11 +187,27 @@ def compose(overrides: list[str]) -> RunConfig:
     return config
 
 
-def run(config: RunConfig) -> Path:
-    """Run every stage in its order.
+def plan(config: RunConfig) -> Plan:
+    """Prove the place and all prerequisites; makes the demo where one is asked for.
+
+    Raises:
+        UserError: something is wrong with the input.
+    """
+    from selectmoe import check
+
+    check_place(Path(config.output_dir))
+    return check.plan(config)
+
+
+def run(config: RunConfig, planned: Plan | None = None) -> Path:
+    """Run every stage in its order; with `dry_run` only prove and estimate, and write nothing.
+
+    Args:
+        config: of the whole run.
+        planned: its plan; default: it is made.
 
     Returns:
-        The folder of the report.
+        The folder of the report; with `dry_run` the output_dir.
 
     Raises:
         UserError: something is wrong with the input; said by `check`, before any work.
@@ -176,10 +216,13 @@ def run(config: RunConfig) -> Path:
     from selectmoe import check
 
     root = Path(config.output_dir)
-    check_place(root)
-    plan = check.plan(config)
-    check.run(config, root / "check")
-    chain = Chain(config, plan, root)
+    if config.dry_run:
+        check_place(root)
+        check.preview(config)
+        return root
+    planned = planned or plan(config)
+    check.run(replace(config, output_dir=str(root / "check")), planned)
+    chain = Chain(config, planned, root)
     ingested = chain.do("ingest", data=config.data)
     source = config.source_model
     if config.judge == "upcycle":

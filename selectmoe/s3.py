@@ -24,13 +24,19 @@ REFUSED = {
 }
 FORBIDDEN = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden"}
 BUSY = {"RequestLimitExceeded", "SlowDown", "ThrottlingException", "TooManyRequests"}
+PATIENCE = 30.0
+"""Seconds that a server may be silent before the next attempt."""
 
 
-def s3_client(attempts: int = ATTEMPTS) -> Any:
+def s3_client(attempts: int = ATTEMPTS, patience: float = PATIENCE) -> Any:
     """A boto3 S3 client that backs off and tries again on 429, 5xx and broken connections.
 
     A new session each time, so that changed credentials are read. boto's debug lines are switched off: they show
     signatures and session tokens.
+
+    Args:
+        attempts: how often a request is tried.
+        patience: seconds that a server may be silent before the next attempt.
 
     Raises:
         UserError: the endpoint in the environment is not an address, or holds a password.
@@ -46,7 +52,7 @@ def s3_client(attempts: int = ATTEMPTS) -> Any:
     config = Config(
         retries={"total_max_attempts": attempts, "mode": "standard"},
         connect_timeout=5,
-        read_timeout=30,
+        read_timeout=patience,
         signature_version="s3v4",
         max_pool_connections=2 * PARALLEL,
     )

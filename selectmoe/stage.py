@@ -167,6 +167,12 @@ def input_entry(value: str | list[str]) -> dict[str, str]:
     return {"uri": value, "identity": cache.identity_of(value)}
 
 
+def _entry(value: Any) -> dict[str, str]:
+    if isinstance(value, dict):
+        return value
+    return input_entry([str(v) for v in value] if isinstance(value, list) else str(value))
+
+
 @contextmanager
 def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None) -> Iterator[Output]:
     """Open the output of a stage.
@@ -178,7 +184,8 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
         stage: its name.
         version: of its algorithm; a change of result is a change of version.
         config: the stage's configuration.
-        inputs: name -> path, list of paths (in any order), or an empty value (absent).
+        inputs: name -> path, list of paths (in any order), an entry that was made before ({"uri", "identity"}), or an
+            empty value (absent).
 
     Yields:
         The output; `done` is True where it was finished before from the same inputs and configuration.
@@ -193,13 +200,7 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
     if distributed.alone() and distributed.world() > 1:
         raise UserError(f"{stage} runs in one process, but torchrun started {distributed.world()}: start it without")
     path = Path(config.output_dir)
-    entries = distributed.from_first(
-        lambda: {
-            n: input_entry([str(x) for x in v] if isinstance(v, list) else str(v))
-            for n, v in (inputs or {}).items()
-            if v
-        }
-    )
+    entries = distributed.from_first(lambda: {n: _entry(v) for n, v in (inputs or {}).items() if v})
     out = Output(path, stage, version, config, entries)
     existed = path.is_dir()
     out.done = distributed.from_first(lambda: _open(path, out))

@@ -23,10 +23,10 @@ from selectmoe.download import ATTEMPTS, DIGEST, PARALLEL, PART, Wanted, downloa
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.manifest import sha256_file
 from selectmoe.progress import transfer
-from selectmoe.s3 import explained, s3_client, split_s3
+from selectmoe.s3 import PATIENCE, explained, s3_client, split_s3
 
-QUICK_ATTEMPTS = 3
-"""Attempts of a check: what is wrong is to be said within seconds."""
+QUICK = {"attempts": 3, "patience": 5}
+"""What a check gives a server: what is wrong is to be said within seconds."""
 
 
 class Store(Protocol):
@@ -115,11 +115,11 @@ class Entry:
 class S3Store:
     """Objects below ``s3://bucket/prefix``."""
 
-    def __init__(self, uri: str, attempts: int = ATTEMPTS) -> None:
+    def __init__(self, uri: str, attempts: int = ATTEMPTS, patience: float = PATIENCE) -> None:
         self.bucket, prefix = split_s3(uri)
         self.prefix = prefix.rstrip("/") + "/" if prefix else ""
         with explained(uri):
-            self.client = s3_client(attempts)
+            self.client = s3_client(attempts, patience)
 
     def uri(self, name: str = "") -> str:
         """Where an object lies, or the root."""
@@ -131,6 +131,8 @@ class S3Store:
         with explained(self.uri(name)):
             place = {"Bucket": self.bucket, "Key": self.prefix + name}
             answer = self.client.put_object(**place, Body=data, Metadata={DIGEST: digest})
+            if "ETag" not in answer:
+                raise UserError(f"{self.uri(name)}: what answers is no S3 server: is AWS_ENDPOINT_URL_S3 right?")
             if answer["ETag"].strip('"') != _md5(data):
                 self._read_back(name, digest)
 
@@ -311,7 +313,7 @@ def prove_store(uri: str) -> None:
         UserError: it does not work; the message names the URI and the server's answer, never a credential.
     """
     try:
-        store: Store = S3Store(uri, QUICK_ATTEMPTS) if uri.startswith("s3://") else LocalStore(Path(uri))
+        store: Store = S3Store(uri, **QUICK) if uri.startswith("s3://") else LocalStore(Path(uri))
         store.put_bytes(".probe", b"select-moe")
         if store.get(".probe") != b"select-moe":
             raise UserError(f"{uri}: an object written there does not read back")

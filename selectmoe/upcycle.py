@@ -97,8 +97,11 @@ def olmoe_config(dense: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]
     """The `config.json` of the OLMoE-shaped model.
 
     Raises:
-        UserError: the dense model has what OLMoE has not.
+        UserError: the dense model has what OLMoE has not, or its config does not say how large it is.
     """
+    for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
+        if not isinstance(dense.get(key), int):
+            raise UserError(f"source_model: its config.json has no {key}: expected that of a whole checkpoint")
     heads, hidden = dense["num_attention_heads"], dense["hidden_size"]
     if dense.get("head_dim") not in (None, hidden // heads):
         raise UserError(f"source_model: head_dim {dense['head_dim']} is not hidden_size / heads; OLMoE has no other")

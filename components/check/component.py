@@ -93,5 +93,6 @@ def check(
     models = {"source_model": source_model, "target_model": target_model}
     sizes: dict[str, str | int] = {"budget": budget, "arms": arms, "seeds": seeds, "tasks": tasks, "shards": shards}
     given = {"preset": preset, "data": data, **models, **sizes, "gate": gate, "work_root": work_root}
+    asked: dict[str, str | int] = {"accelerator_type": accelerator_type, "accelerator_count": accelerator_count}
     hardware = _shell.Hardware(accelerator_type, accelerator_count, memory)
-    return _plan.check(checked, given, config, hardware)
+    return _plan.check(checked, {**given, **asked, "memory": memory}, config, hardware)

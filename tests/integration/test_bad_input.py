@@ -34,7 +34,7 @@ WRONG_SECRET = (
 NO_BUCKET = (
     "s3://no-such-bucket/work/.probe: there is no bucket no-such-bucket (NoSuchBucket): create it, or name another"
 )
-OLMOE = "is of model_type 'llama', not olmoe: give an OLMoE checkpoint, or judge=upcycle"
+OLMOE = "has model_type 'llama', expected olmoe; give an OLMoE checkpoint, or judge=upcycle for a Llama-like one"
 UNREADABLE = "no known format has the keys ['x']; known: messages, sharegpt, alpaca, dolly, prompt/completion"
 FEW = "; ".join(f"few/few.jsonl line {n}: {UNREADABLE}" for n in (98, 99, 100))
 
@@ -100,18 +100,22 @@ CASES = [
     ),
     *both("preset=tiny data={few}", "{few}: 3 of 100 rows cannot be used (max_rejected=0.01 allows 1): " + FEW),
     # models
-    *both("preset=none data={good} source_model={llama}", "source_model={llama} " + OLMOE),
+    *both(
+        "preset=none data={good} budget=8 finetune.training.batch_size=4 source_model={llama}",
+        "source_model={llama} " + OLMOE,
+    ),
     stage(
         "convert source_model={llama} output_dir={out}",
         "source_model={llama} has model_type 'llama', expected olmoe; only OLMoE models can be converted",
     ),
     *both(
-        "preset=none data={good} source_model={olmoe}",
-        "source_model={olmoe} holds no *.safetensors: save the model with save_pretrained",
+        "preset=none data={good} budget=8 finetune.training.batch_size=4 source_model={olmoe}",
+        "source_model={olmoe} holds no safetensors weights "
+        "(model.safetensors, or shards and model.safetensors.index.json)",
     ),
     *both(
         "preset=tiny data={good} target_model={missing}",
-        "target_model={missing} holds no config.json: expected a transformers checkpoint folder",
+        "target_model={missing} does not exist; expected a folder, s3://bucket/prefix, or a hub name like OWNER/NAME",
     ),
     # places
     stage(

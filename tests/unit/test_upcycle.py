@@ -113,3 +113,10 @@ def test_bad_values_are_refused(fields):
 def test_more_layers_than_there_are(dense, small_pool, tmp_path):
     with pytest.raises(UserError, match="layers=9"):
         make(dense, small_pool, tmp_path / "u", layers=9)
+
+
+def test_a_config_that_does_not_say_how_large_the_model_is():
+    with pytest.raises(UserError, match="has no num_attention_heads"):
+        upcycle.olmoe_config(
+            {"model_type": "llama"}, load(upcycle.UpcycleConfig, {}, source_model="x", data="y", output_dir="z")
+        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from components import _plan
+from components._shell import Hardware
 from selectmoe.errors import UserError
 
 GIVEN = {"preset": "tiny", "data": "", "arms": "selected,random", "seeds": 0, "shards": 2, "work_root": "w"}
@@ -40,8 +44,46 @@ def test_a_mistake_in_config_is_said() -> None:
         _plan.compose(GIVEN, ["budgt=5"], "out")
 
 
-def test_every_parameter_of_the_pipeline_is_a_setting_or_hardware() -> None:
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"accelerator_type": "nvidia.com/gpus", "accelerator_count": 1},
+            "accelerator.type=nvidia.com/gpus is unknown",
+        ),
+        ({"memory": "16GB"}, "accelerator.memory=16GB is no Kubernetes quantity"),
+    ],
+)
+def test_what_a_task_asks_for_is_checked(given: dict[str, str | int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        _plan.compose(GIVEN | given, [], "out")
+
+
+@pytest.mark.parametrize("config", [["dry_run=true"], ["bugdet=5"]])
+def test_a_mistake_ends_the_task_with_one_line(
+    config: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = SimpleNamespace(path=str(tmp_path / "checked"), metadata={})
+    with pytest.raises(SystemExit) as ended:
+        _plan.check(artifact, GIVEN | {"work_root": str(tmp_path)}, config, Hardware("", 0, ""))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(("check: dry_run=true", "check: unknown key 'bugdet'"))
+
+
+def test_a_work_root_that_takes_no_record_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "word")
+    artifact = SimpleNamespace(path=str(tmp_path / "checked"), metadata={})
+    with pytest.raises(SystemExit) as ended:
+        _plan.check(artifact, GIVEN | {"work_root": "s3://bucket/work"}, [], Hardware("", 0, ""))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("check: s3://bucket/work/.probe: the S3 server at http://127.0.0.1:1")
+
+
+def test_every_parameter_of_the_pipeline_is_a_setting() -> None:
     from pipelines.select_moe.pipeline import select_moe
 
-    hardware = {"accelerator_type", "accelerator_count", "memory"}
-    assert {*select_moe.pipeline_spec.root.input_definitions.parameters} == {*_plan.PARAMETERS, "config"} | hardware
+    assert {*select_moe.pipeline_spec.root.input_definitions.parameters} == {*_plan.PARAMETERS, "config"}

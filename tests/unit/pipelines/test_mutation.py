@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from components import _plan, _shell
 from components.check.component import check
@@ -42,6 +45,8 @@ class Site:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.spec = next(iter(yaml.safe_load_all((ROOT / "pipelines/select_moe/pipeline.yaml").read_text("utf-8"))))
+        (root / "tasks").mkdir()
+        (root / "tasks" / "mine.yaml").write_text("task: mine\n")
         self.pool("pool", 0)
         self.pool("other", 1)
         for name, value in (("a", 1), ("b", 2), ("c", 3)):
@@ -52,8 +57,12 @@ class Site:
             "data": str(root / "pool"),
             "source_model": str(root / "a"),
             "target_model": str(root / "b"),
-            "config": ["judge=upcycle"],
+            "config": self.config(),
         }
+
+    def config(self, *further: str) -> list[str]:
+        """The pipeline's parameter `config`: a dense judge, a folder of evaluation tasks, and `further` settings."""
+        return ["judge=upcycle", f"evaluate.include_path={self.root / 'tasks'}", *further]
 
     def pool(self, name: str, first: int) -> None:
         (self.root / name).mkdir()
@@ -66,7 +75,10 @@ class Site:
     def model(self, name: str, value: int) -> None:
         folder = self.root / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        sizes = {"num_attention_heads": 1, "hidden_size": 1, "num_hidden_layers": 1}
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+        words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
         header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
         data = struct.pack("<Q", len(header)) + header + struct.pack("<f", value)
         (folder / "model.safetensors").write_bytes(data)
@@ -77,7 +89,7 @@ class Site:
         entries = self.spec["root"]["inputDefinitions"]["parameters"]
         full = {name: given.get(name, entry.get("defaultValue")) for name, entry in entries.items()}
         named = {name: full[name] for name in _plan.PARAMETERS}
-        named |= {name: int(full[name]) for name in ("seeds", "shards")}
+        named |= {name: int(full[name]) for name in ("seeds", "shards", "accelerator_count")}
         hardware = _shell.Hardware(full["accelerator_type"], int(full["accelerator_count"]), full["memory"])
         place = self.root / "checked" / str(len(list((self.root / "checked").glob("*"))))
         artifact = SimpleNamespace(path=str(place), metadata={})
@@ -124,18 +136,20 @@ VARIED: list[tuple[str, Any, set[str]]] = [
     ("memory", "32Gi", ACCELERATED),
     ("gate", "fail", {"gate"}),
     ("work_root", "elsewhere", ALL),
-    ("config", ["judge=upcycle", "seed=7"], ALL),
-    ("config", ["judge=upcycle", "warmup.training.epochs=2"], after("warmup")),
-    ("config", ["judge=upcycle", "route.token_budget=1024"], after("route")),
-    ("config", ["judge=upcycle", "select.filter.drop=0.2"], after("select")),
-    ("config", ["judge=upcycle", "finetune.training.epochs=2"], after("finetune")),
-    ("config", ["judge=upcycle", "evaluate.max_length=64"], {"evaluate", BASE, *END}),
-    ("config", ["judge=upcycle", "report.show_text=false"], {*END}),
+    ("config", ["seed=7"], ALL),
+    ("config", ["warmup.training.epochs=2"], after("warmup")),
+    ("config", ["route.token_budget=1024"], after("route")),
+    ("config", ["select.filter.drop=0.2"], after("select")),
+    ("config", ["finetune.training.epochs=2"], after("finetune")),
+    ("config", ["evaluate.max_length=64"], {"evaluate", BASE, *END}),
+    ("config", ["report.show_text=false"], {*END}),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), VARIED, ids=lambda v: str(v)[:30] if isinstance(v, str) else "")
 def test_a_changed_parameter(site: Site, base: dict[str, str], name: str, value: Any, expected: set[str]) -> None:
+    if name == "config":
+        value = site.config(*value)
     if name in ("data", "source_model", "target_model", "work_root"):
         value = str(site.root / value)
     assert site.changed(base, site.keys(**{name: value})) == expected
