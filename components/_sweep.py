@@ -43,7 +43,10 @@ def check(
     with task("check", str(given["work_root"])) as record:
         names = str(given["arms"]).strip("[]").replace(" ", "").split(",")
         arms = ",".join([*ALWAYS, *(name for name in names if name and name not in ALWAYS)])
-        settings, mode = _plan.compose({**given, "arms": arms}, config, "checked")
+        # nothing is routed here: which scores the router data hold, `select` finds out
+        settings, mode = _plan.compose(
+            {**given, "arms": arms}, [*config, "route.nll=true", "route.ifd=true"], "checked"
+        )
         stages = stage.stage_configs(settings)
         identities = {"router_data": identity(router_data, "route"), "pool": identity(pool, "ingest")}
         target = ""
