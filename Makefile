@@ -26,7 +26,7 @@ down: setup ## stop the servers that `make run` started
 test: lint types unit integration docs-test ## everything that needs no root, at most 10 minutes
 
 unit: setup ## fast tests, no servers
-	@$(PYTHON) -m pytest tests/unit -q
+	@$(PYTHON) -m pytest tests/unit components -q
 
 integration: setup ## the compiled pipeline with real MLflow and S3 servers
 	@$(PYTHON) -m pytest tests/integration -q

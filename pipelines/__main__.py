@@ -6,11 +6,13 @@
 `python -m pipelines submit` runs one on a cluster (`pipelines/submit.py`).
 
 Without `output=` the files are written where they are committed: `pipelines/NAME/pipeline.yaml`, and the README of
-every component, made from its docstring and its signature. What is written has been read by KFP's own schema.
+every pipeline and component, made from its docstring and its signature. What is compiled has been read by KFP's own
+schema.
 """
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,33 +73,48 @@ def compile_all(root: Path = ROOT) -> list[Path]:
     Returns:
         The files, the pipelines first.
     """
-    from pipelines.select_moe import pipeline as whole
-    from pipelines.sweep import pipeline as sweep
-
+    modules = {name: importlib.import_module(f"pipelines.{name}.pipeline") for name in PIPELINES}
     written = [compile_pipeline(name, DEVELOPMENT, root / "pipelines" / name / "pipeline.yaml") for name in PIPELINES]
-    for component in {item.name: item for item in (*whole.COMPONENTS, *sweep.COMPONENTS)}.values():
-        page = root / "components" / component.name / "README.md"
+    pages = {f"pipelines/{name}": readme(module.Graph().pipeline) for name, module in modules.items()}
+    pages |= {f"components/{item.name}": readme(item) for module in modules.values() for item in module.COMPONENTS}
+    for folder, text in pages.items():
+        page = root / folder / "README.md"
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(readme(component), encoding="utf-8")
+        page.write_text(text, encoding="utf-8")
         written.append(page)
     return written
 
 
-def readme(component: Any) -> str:
-    """The README of a KFP component: what it does, what goes in, what comes out."""
+def readme(item: Any) -> str:
+    """The README of a KFP component or pipeline: what it does, what goes in, what comes out."""
     from docstring_parser import parse
 
-    spec = component.component_spec
-    documented = {p.arg_name: p.description for p in parse(component.python_func.__doc__).params}
-    lines = [f"# {component.name}", "", "<!-- Made by `python -m pipelines compile`; edit component.py. -->", ""]
+    spec = item.component_spec
+    function, file = (
+        (item.python_func, "component.py") if hasattr(item, "python_func") else (item.pipeline_func, "pipeline.py")
+    )
+    documented = {p.arg_name: p.description for p in parse(function.__doc__).params}
+    lines = [f"# {item.name}", "", f"<!-- Made by `python -m pipelines compile`; edit {file}. -->", ""]
     lines += [spec.description or "", ""]
     for title, entries in (("Inputs", spec.inputs or {}), ("Outputs", spec.outputs or {})):
         if entries:
-            lines += [f"## {title}", "", "| name | type | what |", "|---|---|---|"]
+            given = any(entry.default is not None for entry in entries.values() if hasattr(entry, "default"))
+            columns = ["name", "type", *(["default"] if given else []), "what"]
+            lines += [f"## {title}", "", _row(columns), "|" + "---|" * len(columns)]
             for name, entry in entries.items():
-                lines.append(f"| `{name}` | {_type(entry)} | {_cell(entry.description or documented.get(name))} |")
+                default = [_default(entry)] if given else []
+                what = _cell(entry.description or documented.get(name))
+                lines.append(_row([f"`{name}`", _type(entry), *default, what]))
             lines.append("")
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _default(entry: Any) -> str:
+    return "none: must be given" if entry.default is None else f"`{json.dumps(entry.default)}`"
 
 
 def _type(entry: Any) -> str:

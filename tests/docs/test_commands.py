@@ -1,13 +1,15 @@
 """The commands of README and docs: pytest tests/docs
 
-Blocks marked `bash` are run. Blocks marked `bash long`, `bash cluster` or `bash image` are checked: every make target,
-every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`.
+Blocks marked `bash` or `python` are run. Blocks marked `bash long`, `bash cluster` or `bash image` are checked: every make
+target, every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`.
 """
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ from selectmoe.config import leaves
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```bash([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```((?:bash|python)[^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 BLOCKS = [
     pytest.param(kind.strip(), text, id=f"{page.relative_to(ROOT)}-{n}")
     for page in PAGES
@@ -29,9 +32,10 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("kind", "text"), BLOCKS)
 def test_block(kind: str, text: str) -> None:
-    assert kind in ("", "long", "cluster", "image")
-    if kind == "":
-        subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=ROOT, check=True, timeout=60)
+    assert kind in (*RUN, "bash long", "bash cluster", "bash image")
+    if kind in RUN:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([*RUN[kind], text], cwd=ROOT, env=environment, check=True, timeout=60)
         return
     for line in filter(None, (line.strip() for line in text.splitlines())):
         check_names(shlex.split(line, comments=True))

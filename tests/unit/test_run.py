@@ -4,70 +4,60 @@ import json
 
 import pytest
 
-from selectmoe import check, cli
-from selectmoe import run as chain
+from selectmoe import check, cli, run
 from selectmoe.config import leaves
 from selectmoe.errors import UserError
 from selectmoe.manifest import find_manifests, read_manifest
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    words = ["preset=tiny", f"demo_dir={root / 'demo'}", f"output_dir={root / 'a'}", "threads=2"]
-    chain.run(chain.compose(words))
-    return root
+def finished(chain):
+    """The output of `selectmoe run preset=tiny shards=2 threads=1` (conftest.py)."""
+    return chain.output
 
 
 def test_it_ends_with_a_verdict(finished):
-    verdict = json.loads((finished / "a" / "report" / "verdict.json").read_text())
+    verdict = json.loads((finished / "report" / "verdict.json").read_text())
     assert verdict["verdict"] in ("beats_random", "no_evidence", "worse_than_random")
     assert {arm["name"] for arm in verdict["arms"]} == {"selected", "oracle"}
-    page = (finished / "a" / "report" / "report.html").read_text()
-    results = json.loads((finished / "a" / "report" / "results.json").read_text())
+    page = (finished / "report" / "report.html").read_text()
+    results = json.loads((finished / "report" / "results.json").read_text())
     assert results["sentence"].split(":")[0] in page
     assert "http://" not in page
     assert "<script" not in page
 
 
 def test_every_hand_off_keeps_its_rows(finished):
-    for path, manifest in find_manifests(finished / "a"):
+    for path, manifest in find_manifests(finished):
         rows = manifest.rows
         assert rows["in"] == rows["out"] + sum(rows["dropped"].values()), path
 
 
-def test_a_second_run_elsewhere_gives_the_same_bytes(finished):
-    """Another folder, two shards, one thread: the same identities from end to end."""
-    words = ["preset=tiny", f"demo_dir={finished / 'demo'}", f"output_dir={finished / 'b'}", "shards=2", "threads=1"]
-    chain.run(chain.compose(words))
-    one, two = (finished / side / "select" / "selected_data.jsonl" for side in "ab")
+def test_a_second_run_elsewhere_gives_the_same_bytes(finished, chain, tmp_path):
+    """Another folder, one shard, two threads: the same identities from end to end."""
+    run.run(run.compose([*chain.settings, f"output_dir={tmp_path}", "shards=1", "threads=2"]))
+    one, two = (side / "select" / "selected_data.jsonl" for side in (finished, tmp_path))
     assert one.read_bytes() == two.read_bytes()
     for stage in ("merge", "select", "baseline", "finetune/selected-0", "evaluate/random-2", "report"):
-        assert read_manifest(finished / "a" / stage).identity == read_manifest(finished / "b" / stage).identity, stage
+        assert read_manifest(finished / stage).identity == read_manifest(tmp_path / stage).identity, stage
 
 
-def test_a_plan_resolves_every_stage(finished):
-    config = chain.compose(["preset=tiny", f"demo_dir={finished / 'demo'}", f"output_dir={finished / 'c'}"])
+def test_a_plan_resolves_every_stage(chain, tmp_path):
+    config = run.compose([*chain.settings, f"output_dir={tmp_path / 'c'}"])
     plan = check.plan(config)
-    assert set(plan.stages) == set(chain.CONFIGS)
+    assert set(plan.stages) == set(run.CONFIGS)
     assert plan.arm_seeds[0] == "selected:0"
     assert len(plan.arm_seeds) == 9
     assert "output_dir" not in plan.stages["select"]
     json.dumps(plan.stages)
 
 
-def test_own_rows_are_not_planted_into(finished, tmp_path):
-    rows = finished / "demo" / "tiny" / "data"
+def test_own_rows_are_not_planted_into(chain, tmp_path):
+    rows = chain.demo / "tiny" / "data"
     (tmp_path / "mine").mkdir()
     for folder in sorted(rows.iterdir()):
         (tmp_path / "mine" / f"{folder.name}.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
-    words = [
-        "preset=tiny",
-        f"demo_dir={finished / 'demo'}",
-        f"data={tmp_path / 'mine'}",
-        f"output_dir={tmp_path / 'o'}",
-    ]
-    plan = check.plan(chain.compose(words))
+    plan = check.plan(run.compose([*chain.settings, f"data={tmp_path / 'mine'}", f"output_dir={tmp_path / 'o'}"]))
     assert plan.stages["ingest"]["plant"]["share"] == 0
     assert plan.arms == ["selected", "random"]
 
@@ -86,4 +76,4 @@ def test_a_run_is_one_process(stage, tmp_path):
 
 
 def test_every_key_of_a_run_has_a_meaning():
-    assert all(leaf.doc for leaf in leaves(chain.RunConfig))
+    assert all(leaf.doc for leaf in leaves(run.RunConfig))

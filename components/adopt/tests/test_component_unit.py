@@ -1,0 +1,8 @@
+"""`adopt` in this process: pytest components/adopt"""
+
+from components.adopt.component import adopt
+from tests.component import Alone
+
+
+def test_a_checkpoint_is_handed_on_as_it_is(alone: Alone) -> None:
+    assert alone.in_process(adopt) == {"model": alone.chain.reference("pretrain")}

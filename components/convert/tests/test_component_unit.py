@@ -1,0 +1,8 @@
+"""`convert` in this process: pytest components/convert"""
+
+from components.convert.component import convert
+from tests.component import Alone
+
+
+def test_it_writes_what_the_chain_wrote(alone: Alone) -> None:
+    alone.in_process(convert)

@@ -1,0 +1,8 @@
+"""`evaluate` with KFP's local runner: pytest components/evaluate"""
+
+from components.evaluate.component import evaluate
+from tests.component import Alone
+
+
+def test_it_writes_what_the_chain_wrote(alone: Alone) -> None:
+    alone.locally(evaluate)

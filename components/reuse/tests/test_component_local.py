@@ -1,0 +1,8 @@
+"""`reuse` with KFP's local runner: pytest components/reuse"""
+
+from components.reuse.component import reuse
+from tests.component import Alone
+
+
+def test_it_writes_what_the_chain_wrote(alone: Alone) -> None:
+    alone.locally(reuse)
