@@ -7,7 +7,7 @@ TARGET ?= cpu
 TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit integration docs-test browser-test study-kill lint format types compile lock \
+.PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill lint format types compile lock \
         image image-test sbom licences clean bench-s3
 
 help: ## list the targets
@@ -26,7 +26,10 @@ down: setup ## stop the servers that `make run` started
 test: lint types unit integration docs-test ## everything that needs no root, at most 10 minutes
 
 unit: setup ## fast tests, no servers
-	@$(PYTHON) -m pytest tests/unit components -q
+	@$(PYTHON) -m pytest tests/unit components -q --ignore-glob='*/test_component_local.py'
+
+components-test: setup ## every component alone through KFP's local runner, with its unit tests
+	@$(PYTHON) -m pytest components -q
 
 integration: setup ## the compiled pipeline with real MLflow and S3 servers
 	@$(PYTHON) -m pytest tests/integration -q
