@@ -36,11 +36,14 @@ def compile_pipeline(name: str, profile: Profile, target: Path) -> Path:
     Returns:
         The file.
     """
+    return _write(importlib.import_module(f"pipelines.{name}.pipeline").Graph(profile).pipeline, target)
+
+
+def _write(pipeline: Any, target: Path) -> Path:
     from kfp import compiler
 
-    graph = importlib.import_module(f"pipelines.{name}.pipeline").Graph(profile)
     target.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(graph.pipeline, str(target))
+    compiler.Compiler().compile(pipeline, str(target))
     validate(target)
     return target
 
@@ -74,8 +77,9 @@ def compile_all(root: Path = ROOT) -> list[Path]:
         The files, the pipelines first.
     """
     modules = {name: importlib.import_module(f"pipelines.{name}.pipeline") for name in PIPELINES}
-    written = [compile_pipeline(name, DEVELOPMENT, root / "pipelines" / name / "pipeline.yaml") for name in PIPELINES]
-    pages = {f"pipelines/{name}": readme(module.Graph().pipeline) for name, module in modules.items()}
+    pipelines = {name: module.Graph(DEVELOPMENT).pipeline for name, module in modules.items()}
+    written = [_write(item, root / "pipelines" / name / "pipeline.yaml") for name, item in pipelines.items()]
+    pages = {f"pipelines/{name}": readme(item) for name, item in pipelines.items()}
     pages |= {f"components/{item.name}": readme(item) for module in modules.values() for item in module.COMPONENTS}
     for folder, text in pages.items():
         page = root / folder / "README.md"

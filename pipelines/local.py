@@ -181,6 +181,7 @@ def _pipeline_arguments(overrides: list[str], state: Path) -> dict[str, Any]:
     keys = {item.partition("=")[0] for item in rest}
     own: dict[str, Any] = {"finetune.threads": half, "evaluate.threads": half}
     own |= {"demo_dir": state / "demo", "model_root": state / "models"}
+    own["mlflow.required"] = "false"  # it is started here: to prove it again would take longer than a second run
     rest += [f"{key}={value}" for key, value in own.items() if key not in keys]
     for key in ("data", "work_root", "source_model", "target_model"):
         value = arguments.get(key, "")

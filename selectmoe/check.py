@@ -282,8 +282,6 @@ def _check_model(config: RunConfig, name: str, scratch: Path) -> tuple[Model, Gl
     Raises:
         UserError: it is not.
     """
-    from selectmoe.template import load_tokenizer
-
     given = getattr(config, name)
     found = look(given, name, scratch)
     kinds, advice = _kinds(config, name)
@@ -296,10 +294,31 @@ def _check_model(config: RunConfig, name: str, scratch: Path) -> tuple[Model, Gl
             raise UserError(
                 f"{name}={given} has no tokenizer ({' or '.join(VOCABULARIES)}): save it beside the weights"
             )
-        load_tokenizer(found.folder)
+        _prove_tokenizer(found.folder)
     except UserError as error:
         raise UserError(str(error).replace(str(scratch), given)) from None
     return model, found
+
+
+def _prove_tokenizer(folder: Path) -> None:
+    """Whether the stages can load the tokenizer: where its files do not say so, it is loaded, which takes seconds.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not {"model", "eos_token"} <= {*_keys(folder / "tokenizer.json"), *_keys(folder / "tokenizer_config.json")}:
+        from selectmoe.template import load_tokenizer
+
+        load_tokenizer(folder)
+
+
+def _keys(file: Path) -> list[str]:
+    """Keys that have a value in a JSON file; none where there is no such file, or it is not JSON."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [key for key, value in found.items() if value] if isinstance(found, dict) else []
 
 
 def _kinds(config: RunConfig, name: str) -> tuple[tuple[str, ...], str]:

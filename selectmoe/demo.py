@@ -31,9 +31,9 @@ from selectmoe.pool import Message
 STAGE = "demo"
 VERSION = 1
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PRESETS = {"quick": (430, 100), "full": (2100, 128), "tiny": (80, 64)}
+PRESETS = {"quick": (405, 100), "full": (2100, 128), "tiny": (80, 64)}
 """Preset -> (rows, tokens of a row at most). With the presets' `plant.share`, quick makes a pool of some 600 beside a
-holdout of 64, full one of 3,000 beside 150."""
+holdout of 48, full one of 3,000 beside 150."""
 
 MODULES = (
     "argparse array ast asyncio base64 bisect builtins bz2 calendar cmath codecs collections configparser contextlib copy csv "

@@ -65,6 +65,7 @@ class Graph(Placed):
 
     def __init__(self, profile: Profile = DEVELOPMENT) -> None:
         super().__init__(profile)
+        whole = profile.with_defaults(self._select_moe)  # a wrong profile is said before the seconds of building
         self.routing = dsl.pipeline(name="routing", description="Router data of the whole pool, shard by shard.")(
             self._routing
         )
@@ -76,7 +77,7 @@ class Graph(Placed):
             name="select-moe",
             description="Select-MoE: from an OLMoE checkpoint and a pool of rows to a verdict.",
             pipeline_config=profile.pipeline_config(),
-        )(profile.with_defaults(self._select_moe))
+        )(whole)
 
     def _routing(
         self,

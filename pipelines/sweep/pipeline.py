@@ -36,6 +36,7 @@ class Graph(Placed):
 
     def __init__(self, profile: Profile = DEVELOPMENT) -> None:
         super().__init__(profile)
+        whole = profile.with_defaults(self._sweep)  # a wrong profile is said before the seconds of building
         self.tuning = dsl.pipeline(
             name="tuning", description="Every selection fine-tuned and evaluated with every seed, and compared."
         )(self._tuning)
@@ -44,7 +45,7 @@ class Graph(Placed):
             name="select-moe-sweep",
             description="Select-MoE: selections by many settings from one set of router data, compared.",
             pipeline_config=profile.pipeline_config(),
-        )(profile.with_defaults(self._sweep))
+        )(whole)
 
     def _tuning(
         self,

@@ -363,6 +363,8 @@ def test_interrupted_the_run_goes_on(server: KfpServer) -> None:
     server.script = [("RUNNING", [node("check", "RUNNING")])]
     command = [sys.executable, "-m", "pipelines", "submit", f"endpoint={server.url}", WORK]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background jobs ignore SIGINT, and their children inherit that.
+    streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **streams)  # type: ignore
     assert process.stdout
     assert process.stderr
