@@ -60,6 +60,7 @@ def test_settings_become_pipeline_parameters(tmp_path: Path, monkeypatch: pytest
             f"evaluate.threads={half}",
             f"demo_dir={tmp_path / 'demo'}",
             f"model_root={tmp_path / 'models'}",
+            "mlflow.required=false",
         ],
     }
     with pytest.raises(UserError, match="whole number"):
