@@ -94,7 +94,7 @@ def publish(root: Path, work: Path) -> Published:
     parent = sending.start_parent(PARENT, {"preset": "tiny"}, str(work))
     for output in reversed(local._lineage(report)):
         sending.submit(output, str(work), parent)
-    sending.finish_parent(parent, str(work), tags=local._verdict(report))
+    sending.finish_parent(parent, str(work), tags=sending.verdict_tags(report))
     sending.sync(str(work))
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     number = client.get_experiment_by_name("select-moe").experiment_id
