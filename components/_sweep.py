@@ -6,13 +6,14 @@ Imported inside the component's function, as `components._shell`. No command run
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from components import _plan
 from components._shell import Hardware, task
 from selectmoe import manifest as mf
-from selectmoe.cache import Reference
 from selectmoe.config import values
 from selectmoe.errors import UserError
 from selectmoe.storage import open_store
@@ -53,7 +54,9 @@ def check(
         if given["seeds"]:
             if not settings.target_model:
                 raise UserError("target_model= is missing: what is to be fine-tuned? (or seeds=0: nothing)")
-            target = reference(settings.target_model)
+            with tempfile.TemporaryDirectory() as scratch:
+                _, found = stage.check_model(settings, "target_model", Path(scratch))
+                target = found.reference().to_json()
         seeds = range(settings.seeds if target else 0)
         arm_seeds = [f"{arm}:{seed}" for arm in settings.arms for seed in seeds]
         code = _plan.code(stage.code_digest())
@@ -62,8 +65,8 @@ def check(
         plan = mf.digest([chosen, identities, target, arm_seeds, code])
         record.entry["plan"] = plan
     configs = [json.dumps(value, sort_keys=True) for value in chosen.values()]
-    found = (*identities.values(), target, code, mode, plan, "yes" if target else "no")
-    return (*configs, *found, *_plan.asked(hardware), arm_seeds)
+    facts = (*identities.values(), target, code, mode, plan, "yes" if target else "no")
+    return (*configs, *facts, *_plan.asked(hardware), arm_seeds)
 
 
 def identity(uri: str, stage: str) -> str:
@@ -79,13 +82,3 @@ def identity(uri: str, stage: str) -> str:
     if manifest["stage"] != stage:
         raise UserError(f"{uri} is an output of {manifest['stage']}, not of {stage}")
     return str(manifest["identity"])
-
-
-def reference(model: str) -> str:
-    """A checkpoint of the user's own as ``{"uri", "digest"}`` (JSON)."""
-    from pathlib import Path
-
-    path = Path(model).resolve()
-    if not (path / "config.json").is_file():
-        raise UserError(f"target_model={model} holds no config.json: expected a transformers checkpoint folder")
-    return Reference(str(path), mf.identity_of(path)).to_json()

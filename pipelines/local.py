@@ -16,20 +16,19 @@ from __future__ import annotations
 import builtins
 import contextlib
 import fcntl
-import io
 import json
 import os
 import re
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from selectmoe.entry import STOPPING, at_stage, ending, enter
+from pipelines.screen import Screen
+from selectmoe.entry import at_stage, ending, enter
 from selectmoe.errors import UserError
 from selectmoe.progress import quiet
 
@@ -66,15 +65,16 @@ def run(overrides: list[str]) -> int:
     arguments = _pipeline_arguments(overrides, state)
     config = _compose(arguments, state)
     servers.check_ports(state)
+    config.mlflow.required = False  # ours is started next; where it was asked for, the pipeline's own `check` proves it
     if config.dry_run:
-        check.preview(config, mlflow=False)
+        check.preview(config)
         return 0
     plan, up = _ready(config, state)
     arguments["data"] = config.data  # the preset's rows and model are on disk now
     arguments["source_model"] = config.source_model
     with _alone(state):
         from components import _plan
-        from selectmoe import previews, runlog, sending, tracking
+        from selectmoe import journal, previews, runlog, sending, tracking
         from selectmoe.config import values
 
         _environment(state, up["mlflow"].url)
@@ -82,7 +82,7 @@ def run(overrides: list[str]) -> int:
         settings = values(config, "identity", "execution", "input")
         work_root = arguments["work_root"]
         parent = sending.start_parent(f"{arguments['preset']} {key[:8]}", settings, work_root, key)
-        os.environ["SELECTMOE_PARENT_RUN"] = parent
+        os.environ[journal.PARENT] = parent
         os.environ[previews.SHOW_TEXT] = str(config.report.show_text).lower()
         events = state / "events.jsonl"
         events.unlink(missing_ok=True)
@@ -107,15 +107,7 @@ def run(overrides: list[str]) -> int:
         if result is not None:
             print(f"report: {result / 'report.html'}", file=sys.stderr)
         return code
-    seconds = time.monotonic() - started
-    _say(
-        executed,
-        _expected(plan),
-        seconds,
-        tags["sentence"],
-        result,
-        page,
-    )
+    _say(executed, _expected(plan), time.monotonic() - started, tags["sentence"], result, page)
     return 0
 
 
@@ -126,9 +118,7 @@ def _ready(config: Any, state: Path) -> tuple[Any, dict[str, Any]]:
 
     with ThreadPoolExecutor(1) as beside:
         starting: list[Future[dict[str, Any]]] = []
-        plan = check.plan(  # MLflow is proved by the pipeline's own `check`
-            config, mlflow=False, proved=lambda: starting.append(beside.submit(servers.start, state))
-        )
+        plan = check.plan(config, proved=lambda: starting.append(beside.submit(servers.start, state)))
         return plan, starting[0].result()
 
 
@@ -217,7 +207,6 @@ def _environment(state: Path, mlflow: str) -> None:
     mute = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "PYTHONUNBUFFERED": "1",
     }
     os.environ.update(mute)
@@ -270,67 +259,6 @@ def _execute(state: Path, arguments: dict[str, Any], runner: Any) -> bool:
     return True
 
 
-class Screen(io.TextIOBase):
-    """Everything goes to the log; the screen gets what the stages print, without KFP's executor and its input.
-
-    One line is handled at a time, per thread: KFP runs two iterations of a loop at once.
-    """
-
-    def __init__(self, screen: TextIO, log: TextIO) -> None:
-        self.screen = screen
-        self.log = log
-        self.lock = threading.Lock()
-        self.here = threading.local()
-
-    def write(self, text: str) -> int:
-        """Take text; whole lines are passed on."""
-        pending = getattr(self.here, "pending", "") + text
-        *lines, self.here.pending = pending.split("\n")
-        for line in lines:
-            with self.lock:
-                self.log.write(line + "\n")
-                self.log.flush()
-                if shown := self._shown(line):
-                    self.screen.write(shown + "\n")
-                    self.screen.flush()
-        return len(text)
-
-    def _shown(self, line: str) -> str:
-        if STOPPING.is_set():
-            return ""
-        task = re.search(r"Executing task \S*'([a-z0-9-]+)'", line)
-        if task:
-            self.here.task = re.sub(r"-\d+$", "", task.group(1))
-            self.here.skipped = None
-            return f"[{self.here.task}]"
-        bare = line.strip()
-        skipped: str | None = getattr(self.here, "skipped", None)
-        if skipped is not None:  # inside the executor's input, a JSON object over many lines
-            self.here.skipped = skipped + bare
-            if bare == "}" and _is_json(self.here.skipped):
-                self.here.skipped = None
-            return ""
-        if "Got executor_input:" in bare:
-            self.here.skipped = ""
-            return ""
-        logged = re.match(r"\d\d:\d\d:\d\d\.\d+ - [A-Z]+ - |\[KFP Executor |-{20,}$|\s*$", bare)
-        outputs = re.match(
-            r"\w+: (Dataset|Model|HTML|Artifact)\( name=|uri='.*',$|metadata=\{|\w+: '|\w+: \[",
-            bare,
-        )
-        if logged or outputs or not hasattr(self.here, "task"):
-            return ""
-        return f"[{self.here.task}] {bare.removeprefix(f'{self.here.task}: ')}"
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _read_events(path: Path) -> tuple[Counter[str], tuple[str, int, str] | None]:
     """What was really executed (a cached task writes nothing), and which task failed first."""
     executed: Counter[str] = Counter()
@@ -379,12 +307,7 @@ def _lineage(result: Path) -> list[Path]:
 
 
 def _say(
-    executed: Counter[str],
-    expected: Counter[str],
-    seconds: float,
-    sentence: str,
-    result: Path,
-    page: str,
+    executed: Counter[str], expected: Counter[str], seconds: float, sentence: str, result: Path, page: str
 ) -> None:
     ran = [f"{name} x{n}" if n > 1 else name for name, n in executed.items() if name not in ALWAYS]
     cached = expected - executed

@@ -102,12 +102,11 @@ def resolve(config: RunConfig) -> DemoConfig | None:
     return wanted
 
 
-def plan(config: RunConfig, *, mlflow: bool = True, proved: Callable[[], None] = lambda: None) -> Plan:
+def plan(config: RunConfig, proved: Callable[[], None] = lambda: None) -> Plan:
     """Prove the prerequisites and resolve the stages' configurations.
 
     Args:
         config: of the whole run.
-        mlflow: whether MLflow is to be proved; not before a program starts its own.
         proved: called when no mistake of the user's is left to be found, before the demo is made and digests are computed.
 
     Raises:
@@ -115,7 +114,7 @@ def plan(config: RunConfig, *, mlflow: bool = True, proved: Callable[[], None] =
         Unavailable: a server failed that the run cannot do without.
     """
     wanted, stages = resolve(config), stage_configs(config)
-    servers = _servers(config, mlflow)
+    servers = _servers(config)
     if wanted and (lacking := _lacking(wanted)):
         prove(config, servers, lacking)  # so that a mistake leaves nothing of the demo behind
         proved()
@@ -136,12 +135,8 @@ def plan(config: RunConfig, *, mlflow: bool = True, proved: Callable[[], None] =
     return Plan(stages, digests, uris, list(config.arms), arm_seeds, config.judge, config.shards, costs)
 
 
-def preview(config: RunConfig, *, mlflow: bool = True) -> None:
+def preview(config: RunConfig) -> None:
     """What `dry_run=true` does: prove all that can be proved, print the estimate, and write nothing.
-
-    Args:
-        config: of the whole run.
-        mlflow: as for `plan`.
 
     Raises:
         UserError, Unavailable: as `plan`.
@@ -149,7 +144,7 @@ def preview(config: RunConfig, *, mlflow: bool = True) -> None:
     wanted = resolve(config)
     stage_configs(config)
     lacking = _lacking(wanted) if wanted else []
-    found = prove(config, _servers(config, mlflow), lacking)
+    found = prove(config, _servers(config), lacking)
     if lacking:
         print(f"check: nothing is wrong; no estimate, since the demo makes {' and '.join(lacking)} only when it is run")
     else:
@@ -195,11 +190,11 @@ def _lacking(wanted: DemoConfig) -> list[str]:
     return [str(place) for place in places if not place.is_dir()]
 
 
-def _servers(config: RunConfig, mlflow: bool) -> list[Callable[[], None]]:
+def _servers(config: RunConfig) -> list[Callable[[], None]]:
     """A proof per place on S3 that is written to, and that of MLflow."""
     roots = {root for root in (config.work_root, config.model_root) if root.startswith("s3://")}
     proofs: list[Callable[[], None]] = [partial(prove_store, root) for root in sorted(roots)]
-    return [*proofs, partial(prerequisites.check_mlflow, config)] if mlflow else proofs
+    return [*proofs, partial(prerequisites.check_mlflow, config)]
 
 
 def _estimate(config: RunConfig, found: Proved) -> dict[str, Any]:
@@ -270,13 +265,13 @@ def _check_models(
         if name == "target_model" and given == config.source_model:
             found = models.get("source_model")
         else:
-            found = proofs.attempt(_check_model, config, name, scratch / name)
+            found = proofs.attempt(check_model, config, name, scratch / name)
         if found:
             models[name] = found
     return models
 
 
-def _check_model(config: RunConfig, name: str, scratch: Path) -> tuple[Model, Glimpse]:
+def check_model(config: RunConfig, name: str, scratch: Path) -> tuple[Model, Glimpse]:
     """Sizes of a model; proves that it is there, whole, with a tokenizer, and of a kind that fits its role.
 
     Raises:

@@ -275,6 +275,8 @@ def train(
     Raises:
         UserError: the model cannot be loaded, cut or adapted.
     """
+    from selectmoe.finetune import learned_tokens
+
     t = config.training
     set_threads(config.threads)
     deterministic(config.seed)
@@ -299,7 +301,7 @@ def train(
         out.metric("finetune/loss", loss, step=i + 1)
     for i in progress(range(started, len(steps)), f"finetune {config.arm}:{config.seed}", unit="step"):
         micro = by_length(encoded, steps[i], t.per_device_batch_size)
-        total = sum(sum(encoded[j].answer[1:]) for j in steps[i])
+        total = sum(learned_tokens(encoded[j]) for j in steps[i])
         rate = learning_rate(i, len(steps), t.learning_rate, t.warmup_ratio)
         losses.append(trainer.step(mine(i, micro), total, rate))
         if not math.isfinite(losses[-1]):

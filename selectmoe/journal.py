@@ -33,6 +33,8 @@ FOLDER = "journal"
 TAG = "select_moe."
 SYSTEM_SECONDS = "SELECTMOE_SYSTEM_SECONDS"
 """Environment variable: seconds between two samples of CPU, memory and GPU (10)."""
+PARENT = "SELECTMOE_PARENT_RUN"
+"""Environment variable: the run in MLflow that a task belongs below."""
 ROOT = "SELECTMOE_JOURNAL"
 """Environment variable: the work root whose journal takes what stages say, where it is not their own."""
 PUT_SECONDS = 5.0
@@ -236,7 +238,7 @@ def family() -> dict[str, str]:
     A parent is a run's id, or `key:KEY` for the run that carries this key and is made where there is none.
     """
     run = os.environ.get("KFP_RUN_ID", "")
-    parent = os.environ.get("SELECTMOE_PARENT_RUN", "") or (f"key:kfp-{run}" if run else "")
+    parent = os.environ.get(PARENT, "") or (f"key:kfp-{run}" if run else "")
     return {"parent": parent, "adopt": os.environ.get("MLFLOW_RUN_ID", "")}
 
 

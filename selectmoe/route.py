@@ -270,20 +270,12 @@ def compute(judge: Judge, plan: Plan, unit: Unit, first: bool) -> Arrays:
     Raises:
         UserError: it is the first, which has the largest batch, and a batch does not fit into memory.
     """
-    from selectmoe.judge import out_of_memory
     from selectmoe.template import encode_many
 
     parts = []
     for batch in unit:
         encoded = encode_many([plan.rows[i] for i in batch.rows], judge.tokenizer, judge.config.max_length)
-        try:
-            parts.append(judge.read(encoded, batch.length))
-        except RuntimeError as error:
-            if not (first and out_of_memory(error)):
-                raise
-        else:
-            continue
-        raise UserError(_too_large(judge, encoded, batch.length))
+        parts.append(_read(judge, encoded, batch.length, first))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if judge.config.ifd:
         chosen = rows_of(unit)
@@ -291,17 +283,22 @@ def compute(judge: Judge, plan: Plan, unit: Unit, first: bool) -> Arrays:
     return arrays
 
 
-def _too_large(judge: Judge, encoded: Sequence[Encoded], length: int) -> str:
-    from selectmoe.judge import fitting_rows
+def _read(judge: Judge, encoded: Sequence[Encoded], length: int, first: bool) -> Arrays:
+    from selectmoe.judge import fitting_rows, out_of_memory
 
-    fits = fitting_rows(judge, encoded, length)
+    try:
+        return judge.read(encoded, length)
+    except RuntimeError as error:
+        if not (first and out_of_memory(error)):
+            raise
+    fits = fitting_rows(judge, encoded, length)  # not in the handler, whose error holds on to the batch's memory
     if not fits:
         advice = "not even one row does: lower max_length"
     elif fits * length >= judge.config.max_length:
         advice = f"token_budget={fits * length} fits"
     else:
         advice = f"batch_size={fits} fits"
-    return f"the largest batch ({len(encoded)} rows of {length} tokens) does not fit into memory; {advice}"
+    raise UserError(f"the largest batch ({len(encoded)} rows of {length} tokens) does not fit into memory; {advice}")
 
 
 def assemble(plan: Plan, mine: Sequence[Unit], results: Results) -> Iterator[RouterData]:

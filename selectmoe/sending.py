@@ -34,7 +34,7 @@ DEFER = "SELECTMOE_DEFER"
 """Environment variable: set where tasks leave the sending to the process that started them."""
 PATIENCE = "SELECTMOE_MLFLOW_PATIENCE"
 """Environment variable: seconds that the end of a task waits for an MLflow that does not answer (30)."""
-SEND_SECONDS = 1.0
+SEND_SECONDS = 3.0
 AWAY_SECONDS = 15.0
 """Pause between two attempts: at first, and at most, while MLflow does not answer."""
 
@@ -123,32 +123,41 @@ def command(name: str, config: StageConfig) -> Iterator[None]:
         return
     place = Path(config.output_dir).resolve()
     root = config.work_root or str(place / "logs")
-    before = dict(os.environ)
-    os.environ[journal.ROOT] = root
+    parent, told = "", {journal.ROOT: root}
+    if name == "run":
+        settings = values(config, "identity", "execution", "input")
+        parent = start_parent(f"run {place.name}", settings, root, mf.digest([str(place), settings]))
+        told[journal.PARENT] = parent
+    tags: dict[str, str] = {}
+    mistaken, failed = False, True
+    with sending(root), _environment(told):
+        try:
+            yield
+            failed = False
+        except UserError:  # nothing was done, and what lies there is somebody else's
+            mistaken = True
+            raise
+        finally:  # also where the answer is no, or a later stage failed
+            for output in [] if mistaken else outputs(place):
+                submit(output, root)
+                tags |= verdict_tags(output)
+            if parent:
+                finish_parent(parent, root, failed=failed, tags=tags)
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """These variables are set inside of it."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
-        with sending(root):
-            parent = ""
-            if name == "run":
-                settings = values(config, "identity", "execution", "input")
-                parent = start_parent(f"run {place.name}", settings, root, mf.digest([str(place), settings]))
-                os.environ["SELECTMOE_PARENT_RUN"] = parent
-            tags: dict[str, str] = {}
-            mistaken, failed = False, True
-            try:
-                yield
-                failed = False
-            except UserError:  # nothing was done, and what lies there is somebody else's
-                mistaken = True
-                raise
-            finally:  # also where the answer is no, or a later stage failed
-                for output in [] if mistaken else outputs(place):
-                    submit(output, root)
-                    tags |= verdict_tags(output)
-                if parent:
-                    finish_parent(parent, root, failed=failed, tags=tags)
+        yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def outputs(place: Path) -> list[Path]:

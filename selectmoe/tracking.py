@@ -346,6 +346,7 @@ def _client() -> tuple[MlflowClient, str]:
     for name, value in {
         **defaults,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a command's last line there is what it wrote
     }.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
