@@ -23,7 +23,7 @@ run: setup ## the whole pipeline on this machine: PRESET=quick|full, DATA=path/t
 down: setup ## stop the servers that `make run` started
 	@$(PYTHON) -m pipelines.local down
 
-test: lint types unit integration docs-test ## everything that needs no root, at most 10 minutes
+test: lint types unit integration docs-test ## the tests that need no root, in some ten minutes
 
 unit: setup ## fast tests, no servers
 	@$(PYTHON) -m pytest tests/unit components -q --ignore-glob='*/test_component_local.py'

@@ -1,4 +1,4 @@
-"""What logging costs a training step, with MLflow up, down, and refusing: at most 1 % is the aim.
+"""What logging costs a training step, with MLflow up and down: at most 1 % is the aim.
 
     python bench/tracking.py [steps]
 

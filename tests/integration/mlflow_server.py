@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.serving import Quiet, Stand
 
 
 def free_port() -> int:
@@ -85,7 +85,7 @@ class MlflowServer:
             self.process = None
 
 
-class Proxy:
+class Proxy(Stand):
     """Hands requests on to a server; while `status` is set, answers that instead."""
 
     def __init__(self, port: int, body: str = "") -> None:
@@ -94,10 +94,7 @@ class Proxy:
         self.body = body
         self.refused = 0
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
+        class Handler(Quiet):
             def hand_on(self) -> None:
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if proxy.status:
@@ -119,13 +116,4 @@ class Proxy:
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = hand_on
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)

@@ -1,65 +1,22 @@
-"""Servers for tests: a real S3 server (nanio), and stand-ins: of the model hub, and such that answer one thing or nothing."""
+"""Stand-ins for servers: of the model hub, and such that answer one thing or nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
-import subprocess
-import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.serving import Quiet, Stand
 
 ACCESS_DENIED = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
 
 
-class S3Server:
-    """A real S3 server process; a bucket is a folder below `folder`."""
-
-    KEY, SECRET = "user", "right-secret"
-
-    def __init__(self, folder: Path, *buckets: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for bucket in buckets:
-            (folder / bucket).mkdir()
-        self.folder = folder
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "nanio", "serve", "--data-dir", str(folder), "--no-access-log"]
-        self.process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"NANIO_ACCESS_KEY": self.KEY, "NANIO_SECRET_KEY": self.SECRET},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while self.process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-
-    def environment(self) -> dict[str, str]:
-        """What a client needs."""
-        keys = {"AWS_ACCESS_KEY_ID": self.KEY, "AWS_SECRET_ACCESS_KEY": self.SECRET}
-        return keys | {"AWS_ENDPOINT_URL_S3": self.url, "AWS_DEFAULT_REGION": "us-east-1"}
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-class Answering:
+class Answering(Stand):
     """A stand-in for a server in a certain state: it answers every request with the same."""
 
     def __init__(self, status: int, body: str = "", **headers: str) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
+        class Handler(Quiet):
             def answer(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 self.send_response(status)
@@ -72,17 +29,10 @@ class Answering:
 
             do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = answer
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
-class Hub:
+class Hub(Stand):
     """A stand-in for the model hub with one model, the files of a folder; weights are kept as the hub keeps large files."""
 
     NAME, COMMIT = "maker/model", "1234567890abcdef1234567890abcdef12345678"
@@ -100,10 +50,7 @@ class Hub:
             tree.append({"type": "file", "path": name, "size": len(data), "oid": entry["blobId"]})
         info = {"id": self.NAME, "sha": self.COMMIT, "siblings": siblings, "tags": []}
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
+        class Handler(Quiet):
             def give(self, data: bytes, status: int = 200, **headers: str) -> None:
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -130,14 +77,7 @@ class Hub:
 
             do_HEAD = do_GET
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 class Hanging:

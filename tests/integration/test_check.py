@@ -22,10 +22,11 @@ import pytest
 
 from selectmoe import cache, check, cli, manifest, storage, tracking
 from selectmoe.errors import UserError
+from tests.serving import S3Server
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mlflow_server import MlflowServer, free_port
-from stand_ins import ACCESS_DENIED, Answering, Hanging, Hub, S3Server
+from stand_ins import ACCESS_DENIED, Answering, Hanging, Hub
 
 WORDS = ["river", "stone", "lantern", "copper", "window", "garden", "engine", "silver", "paper", "mountain"]
 

@@ -1,14 +1,11 @@
 """What several unit tests need beside `tests/conftest.py`: a core of their own, a real S3 server (nanio)."""
 
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 from s3_faults import Proxy
+
+from tests.serving import S3Server
 
 # Every test process takes its own share of the cores: two of two threads each would wait for each other. Not so in the
 # integration tests, whose many short processes the system places better.
@@ -20,33 +17,18 @@ if len(CORES) >= WORKERS > 1:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    """Address and folder of an S3 server with the bucket `bucket`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "bucket").mkdir()
-    environment = {**os.environ, "NANIO_ACCESS_KEY": "user", "NANIO_SECRET_KEY": "right-secret"}
-    command = [shutil.which("nanio", path=os.path.dirname(sys.executable)), "serve", "--data-dir", str(folder)]
-    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], env=environment)
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}", folder
-    server.kill()
-    server.wait()
+    """An S3 server with the bucket `bucket`."""
+    server = S3Server(tmp_path_factory.mktemp("s3"), "bucket")
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path_factory):
     """The S3 server behind a proxy, with right credentials, and an empty model cache; the proxy."""
-    proxy = Proxy(*s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "right-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    proxy = Proxy(s3_server.url, s3_server.folder)
+    for name, value in s3_server.environment(proxy.url).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SELECTMOE_MODEL_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield proxy
     proxy.close()

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+
+from tests.serving import Quiet, Stand
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Fault:
     seconds: float = 0.0
 
 
-class Proxy:
+class Proxy(Stand):
     """Serves at `url` until `close`; `seen` holds (method, path, Range, status) of every request, in order of arrival."""
 
     def __init__(self, target: str, folder: Path) -> None:
@@ -41,14 +42,7 @@ class Proxy:
         self.seen: list[tuple[str, str, str, int]] = []
         self.before: Callable[[str, str], object] | None = None
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(self._handler())
 
     def requests(self, method: str, match: str = "", status: int | None = None) -> list[tuple[str, str, str, int]]:
         return [s for s in self.seen if s[0] == method and match in s[1] and status in (None, s[3])]
@@ -62,11 +56,8 @@ class Proxy:
         return None
 
     def _handler(proxy) -> type[BaseHTTPRequestHandler]:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: Any) -> None:
-                pass
 
             def reset(self) -> None:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
