@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,35 @@ import engine
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def settings() -> tuple[str, ...]:
+    """The run that is made on this machine, in containers, and in one container: everything forks, and few tasks wait."""
+    return ("preset=tiny", "shards=2", "seeds=2", "arms=[selected,random]")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reference(
+    rows: Path, settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """`selectmoe run` on this machine, started before the image is built, which mostly waits for the network and the disk."""
+    folder = tmp_path_factory.mktemp("here")
+    command = [sys.executable, "-m", "selectmoe", "run", *settings, f"data={rows}", f"output_dir={folder}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            yield process, folder
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def here(reference: tuple[subprocess.Popen[bytes], Path]) -> Path:
+    """What `selectmoe run` makes on this machine."""
+    process, folder = reference
+    assert process.wait() == 0, "selectmoe run failed: see the lines above"
+    return folder
 
 
 @pytest.fixture(scope="session")

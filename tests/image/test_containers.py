@@ -21,18 +21,6 @@ from pipelines import containers, servers
 from selectmoe import manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SETTINGS = ("preset=tiny", "shards=2")
-
-
-@pytest.fixture(scope="module")
-def here(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `selectmoe run` makes on this machine."""
-    folder = tmp_path_factory.mktemp("here")
-    command = [sys.executable, "-m", "selectmoe", "run", *SETTINGS, f"data={rows}", f"output_dir={folder}"]
-    started = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    print(f"\nselectmoe run, here: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    return folder
 
 
 def identities(folder: Path) -> set[tuple[str, str]]:
@@ -94,9 +82,9 @@ def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
 
 
 def test_the_pipeline_in_containers_gives_the_identities_of_the_local_run(
-    image: str, rows: Path, here: Path, pipeline: Pipeline
+    image: str, rows: Path, settings: tuple[str, ...], here: Path, pipeline: Pipeline
 ) -> None:
-    command = ("run", "runner=docker", f"image={image}", *SETTINGS, f"data={rows}")
+    command = ("run", "runner=docker", f"image={image}", *settings, f"data={rows}")
     assert pipeline.interrupted("pretrain", *command) == 128 + signal.SIGINT
     assert pipeline.left() == ""
     started = time.monotonic()
@@ -122,11 +110,11 @@ def test_the_pipeline_in_containers_gives_the_identities_of_the_local_run(
 
 
 def test_a_run_in_one_container_without_a_network_gives_them_too(
-    image: str, rows: Path, here: Path, tmp_path: Path
+    image: str, rows: Path, settings: tuple[str, ...], here: Path, tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o777)
     mounts = ["--volume", f"{rows}:/data:ro", "--volume", f"{tmp_path}:/out"]
-    command = ["selectmoe", "run", *SETTINGS, "data=/data", "output_dir=/out/run"]
+    command = ["selectmoe", "run", *settings, "data=/data", "output_dir=/out/run"]
     started = time.monotonic()
     said("run", "--rm", *HARDENED, "--network", "none", *mounts, image, *command, timeout=900)
     print(f"\nselectmoe run, in the image: {time.monotonic() - started:.0f} s", file=sys.stderr)
