@@ -117,6 +117,11 @@ class Verdict:
         """What is to be said where the positive control did not beat random; else nothing."""
         if self.visible is not False:
             return ""
+        if self.arms[0].verdict != NONE:
+            return (
+                f"But its positive control does not beat {self.baseline}, though it should: more seeds or rows "
+                "have to confirm this."
+            )
         return f"This run could not have seen an effect: its positive control does not beat {self.baseline} either."
 
     def json(self) -> dict[str, Any]:

@@ -111,6 +111,16 @@ def test_a_blind_run_says_so():
     assert result.arms[0].smallest_visible_effect > abs(result.arms[0].effect)
 
 
+def test_an_effect_without_the_controls_is_doubted_and_not_denied():
+    rng, n = np.random.default_rng(2), 60
+    values = {name: draw(rng, 3, n) for name in ("random", "selected", "oracle")}
+    values["selected"] -= 3
+    result = v.judge(values, np.ones(n), ["x"] * n, metric="holdout")
+    assert (result.verdict, result.visible) == (v.BEATS, False)
+    assert "could not have seen" not in result.sentence
+    assert "positive control does not beat random, though it should" in result.sentence
+
+
 def test_equal_arms_are_no_evidence_and_finite():
     same = np.ones((3, 10)) * np.arange(10)
     result = v.judge({"random": same, "selected": same}, np.ones(10), ["x"] * 10, metric="m")
