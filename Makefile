@@ -8,7 +8,7 @@ TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill lint format types compile lock \
-        image image-test sbom licences clean bench-s3
+        image image-test chart-test sbom licences clean bench-s3
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -65,6 +65,10 @@ image: ## build the image: TARGET=cpu|gpu, TAG=select-moe:dev; Docker or Podman,
 
 image-test: setup ## build the image in a stock Docker engine, try it hardened, run the pipeline in it (root)
 	@scripts/image_test.sh
+
+chart-test: setup ## the Helm chart and k8s/ with real helm and kubectl, no cluster
+	@$(PYTHON) scripts/chart_tools.py
+	@$(PYTHON) -m pytest tests/chart -q
 
 sbom: setup ## build/sbom.cdx.json: what is installed here, as CycloneDX
 	@scripts/sbom.sh
