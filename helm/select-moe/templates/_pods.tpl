@@ -20,6 +20,17 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
+{{/*
+The labels of a pod. In a Kubeflow with several users the profile's namespace injects Istio's proxy, with which a Job
+never ends, and whose init container Pod Security "restricted" refuses.
+*/}}
+{{- define "select-moe.podLabels" -}}
+{{ include "select-moe.labels" . }}
+{{- if .root.Values.kfp.multiUser }}
+sidecar.istio.io/inject: "false"
+{{- end }}
+{{- end }}
+
 {{/* Where a pod may run. Takes a mapping with nodeSelector, tolerations, affinity, topologySpreadConstraints, priorityClassName. */}}
 {{- define "select-moe.scheduling" -}}
 {{- with .nodeSelector }}
@@ -40,6 +51,37 @@ topologySpreadConstraints:
 {{- end }}
 {{- with .priorityClassName }}
 priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Certificates of a site's own authority, for every client in the pod: S3, MLflow, PostgreSQL. */}}
+{{- define "select-moe.caEnv" -}}
+{{- if .Values.certificates.existingConfigMap.name -}}
+{{- range list "AWS_CA_BUNDLE" "REQUESTS_CA_BUNDLE" "SSL_CERT_FILE" "PGSSLROOTCERT" }}
+- name: {{ . }}
+  value: /etc/certificates/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "select-moe.caMount" -}}
+{{- if .Values.certificates.existingConfigMap.name -}}
+- name: certificates
+  mountPath: /etc/certificates
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "select-moe.caVolume" -}}
+{{- with .Values.certificates.existingConfigMap }}
+{{- if .name -}}
+- name: certificates
+  configMap:
+    name: {{ .name }}
+    items:
+      - key: {{ .key }}
+        path: ca.crt
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -119,6 +161,9 @@ sqlite:////data/mlflow.db
 {{/* The words that name the API server, for the commands that talk to it. */}}
 {{- define "select-moe.kfpArgs" -}}
 - {{ printf "endpoint=%s" .Values.kfp.endpoint | quote }}
+{{- if .Values.certificates.existingConfigMap.name }}
+- ca_file=/etc/certificates/ca.crt
+{{- end }}
 {{- if .Values.kfp.multiUser }}
 - {{ printf "namespace=%s" .Release.Namespace | quote }}
 {{- end }}
@@ -126,15 +171,12 @@ sqlite:////data/mlflow.db
 
 {{/*
 The pod of one of the project's own commands (python -m pipelines.install ...). Takes a dict: root; component; args, env,
-mounts, volumes as YAML lists; serviceAccount; token (whether it may talk to the Kubernetes API); labels (a dict).
+mounts, volumes as YAML lists; serviceAccount; token (whether it may talk to the Kubernetes API).
 */}}
 {{- define "select-moe.taskPod" -}}
 metadata:
   labels:
-    {{- include "select-moe.labels" . | nindent 4 }}
-    {{- with .labels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "select-moe.podLabels" . | nindent 4 }}
 spec:
   {{- include "select-moe.taskPodSpec" . | nindent 2 }}
 {{- end }}
@@ -160,7 +202,7 @@ containers:
     command: [python, -m, pipelines.install]
     args:
       {{- .args | nindent 6 }}
-    {{- with .env }}
+    {{- with list (include "select-moe.caEnv" .root) .env | join "\n" | trim }}
     env:
       {{- . | nindent 6 }}
     {{- end }}
@@ -171,14 +213,14 @@ containers:
     volumeMounts:
       - name: tmp
         mountPath: /tmp
-      {{- with .mounts }}
+      {{- with list (include "select-moe.caMount" .root) .mounts | join "\n" | trim }}
       {{- . | nindent 6 }}
       {{- end }}
 volumes:
   - name: tmp
     emptyDir:
       sizeLimit: 1Gi
-  {{- with .volumes }}
+  {{- with list (include "select-moe.caVolume" .root) .volumes | join "\n" | trim }}
   {{- . | nindent 2 }}
   {{- end }}
 {{- end }}

@@ -3,6 +3,9 @@
 {{- define "select-moe.mlflowMounts" -}}
 - name: tmp
   mountPath: /tmp
+{{- with include "select-moe.caMount" . }}
+{{ . }}
+{{- end }}
 {{- if eq .Values.mlflow.database.type "sqlite" }}
 - name: data
   mountPath: /data

@@ -6,7 +6,7 @@ metadata:
   {{- include "select-moe.metadata" (dict "root" .root "component" .component "name" (printf "%s-%s" (include "select-moe.fullname" .root) .name)) | nindent 2 }}
 {{- end }}
 
-{{/* A selector for several components of the release. Takes (dict "root" $ "components" LIST). */}}
+{{/* A selector for several components of the release. Takes (dict "root" $ "components" NAMES), separated by blanks. */}}
 {{- define "select-moe.componentsSelector" -}}
 matchLabels:
   app.kubernetes.io/name: {{ include "select-moe.name" .root }}
@@ -15,7 +15,7 @@ matchExpressions:
   - key: app.kubernetes.io/component
     operator: In
     values:
-      {{- toYaml .components | nindent 6 }}
+      {{- splitList " " .components | toYaml | nindent 6 }}
 {{- end }}
 
 {{/* The pipeline's pods, as a peer. */}}
