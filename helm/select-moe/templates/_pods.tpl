@@ -94,12 +94,18 @@ priorityClassName: {{ . }}
       key: {{ .key }}
 {{- end }}
 
+{{/* The credentials of the bucket: variable to key of the Secret, as JSON; none where the cloud knows the service account. */}}
+{{- define "select-moe.s3Keys" -}}
+{{- $keys := .Values.objectStorage.existingSecret }}
+{{- $all := dict "AWS_ACCESS_KEY_ID" $keys.accessKeyKey "AWS_SECRET_ACCESS_KEY" $keys.secretKeyKey }}
+{{- ternary (dict) $all .Values.objectStorage.external.workloadIdentity | toJson }}
+{{- end }}
+
 {{/* What a client of the bucket needs. */}}
 {{- define "select-moe.s3Env" -}}
-{{- $secret := include "select-moe.s3Secret" . }}
-{{- $keys := .Values.objectStorage.existingSecret }}
-{{ include "select-moe.secretEnv" (dict "name" "AWS_ACCESS_KEY_ID" "secret" $secret "key" $keys.accessKeyKey) }}
-{{ include "select-moe.secretEnv" (dict "name" "AWS_SECRET_ACCESS_KEY" "secret" $secret "key" $keys.secretKeyKey) }}
+{{- range $variable, $key := include "select-moe.s3Keys" . | fromJson }}
+{{ include "select-moe.secretEnv" (dict "name" $variable "secret" (include "select-moe.s3Secret" $) "key" $key) }}
+{{- end }}
 - name: AWS_DEFAULT_REGION
   value: {{ .Values.objectStorage.region | quote }}
 - name: AWS_ENDPOINT_URL_S3

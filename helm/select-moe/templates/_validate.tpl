@@ -3,6 +3,11 @@
 {{- if ge (int .Values.hooks.waitSeconds) (int .Values.hooks.activeDeadlineSeconds) }}
 {{- fail (printf "hooks.waitSeconds=%d must be less than hooks.activeDeadlineSeconds=%d, or a job is ended before it can say what it waits for" (int .Values.hooks.waitSeconds) (int .Values.hooks.activeDeadlineSeconds)) }}
 {{- end }}
+{{- range $name := keys .Values.commonLabels .Values.pipeline.profile.labels | sortAlpha }}
+{{- if regexMatch "^(app\\.kubernetes\\.io/(name|instance|component|part-of|version|managed-by)|helm\\.sh/chart)$" $name }}
+{{- fail (printf "commonLabels, pipeline.profile.labels: %s is the chart's own: Services and NetworkPolicies select by it" $name) }}
+{{- end }}
+{{- end }}
 {{- $profile := .Values.pipeline.profile }}
 {{- range $where, $map := dict "pipeline.profile.environment" $profile.environment "pipeline.profile.parameters" $profile.parameters "pipeline.run.parameters" .Values.pipeline.run.parameters }}
 {{- range $name, $value := $map }}

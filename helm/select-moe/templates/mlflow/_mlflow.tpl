@@ -17,6 +17,19 @@
 {{- end }}
 {{- end }}
 
+{{/* Several replicas on several nodes, where that can be and nothing else is said. */}}
+{{- define "select-moe.mlflowSpread" -}}
+{{- if and (gt (int .Values.mlflow.replicas) 1) (empty .Values.mlflow.topologySpreadConstraints) -}}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "select-moe.selector" (dict "root" . "component" "mlflow") | nindent 8 }}
+{{- end }}
+{{- end }}
+
 {{/* Pages that may send requests from a browser: MLflow refuses every other origin, its own behind an Ingress too. */}}
 {{- define "select-moe.mlflowOrigins" -}}
 {{- $origins := .Values.mlflow.allowedOrigins }}

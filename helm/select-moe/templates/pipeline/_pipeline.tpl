@@ -48,8 +48,10 @@ labels:
 
 {{/* The Secrets of every task of the pipeline. */}}
 {{- define "select-moe.profileSecrets" -}}
-{{- $s3 := .Values.objectStorage.existingSecret }}
-{{- $secrets := list (dict "name" (include "select-moe.s3Secret" .) "env" (dict "AWS_ACCESS_KEY_ID" $s3.accessKeyKey "AWS_SECRET_ACCESS_KEY" $s3.secretKeyKey)) }}
+{{- $secrets := list }}
+{{- with include "select-moe.s3Keys" . | fromJson }}
+{{- $secrets = list (dict "name" (include "select-moe.s3Secret" $) "env" .) }}
+{{- end }}
 {{- if .Values.mlflow.auth.enabled }}
 {{- $env := dict "MLFLOW_TRACKING_PASSWORD" .Values.mlflow.auth.existingSecret.passwordKey }}
 {{- $secrets = append $secrets (dict "name" (include "select-moe.mlflowAuthSecret" .) "env" $env) }}
