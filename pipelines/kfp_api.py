@@ -23,6 +23,8 @@ TIMEOUT = (5, 60)
 """Seconds to connect, seconds to wait for an answer."""
 DELAYS = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before each further attempt; a run that is followed is asked for at the last of them for ever."""
+TICK = 1.5
+"""Longer than the second in which the server counts."""
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 TOKEN = "KF_PIPELINES_TOKEN"
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
@@ -127,6 +129,12 @@ class Server:
         made = self._make(find_version, upload, str(package), name=version, pipelineid=home)
         return (home, made, False) if isinstance(made, str) else (home, str(made.pipeline_version_id), True)
 
+    def pipelines(self) -> int:
+        """How many pipelines we may see: the server accepts our token."""
+        known: dict[str, Any] = {"namespace": self.namespace} if self.namespace else {}
+        listed = self._call(self._pipelines.pipeline_service_list_pipelines, page_size=1, **known)
+        return int(listed.total_size or len(listed.pipelines or []))
+
     def start(self, run: Any) -> str:
         """Start a run, once: an attempt whose answer was lost is looked for before the next one.
 
@@ -136,15 +144,41 @@ class Server:
         Returns:
             Its ID.
         """
+        before = {*self._runs_like(run)}
 
-        def ids() -> set[str]:
-            where = {"experiment_id": run.experiment_id, **self._named(run.display_name)}
-            listed = self._call(self._runs.run_service_list_runs, **where).runs or []
-            return {str(item.run_id) for item in listed if item.display_name == run.display_name}
+        def fresh() -> str | None:
+            return next((known for known in self._runs_like(run) if known not in before), None)
 
-        before = ids()
-        made = self._call(self._runs.run_service_create_run, run, recover=lambda: next(iter(ids() - before), None))
+        made = self._call(self._runs.run_service_create_run, run, recover=fresh)
         return made if isinstance(made, str) else str(made.run_id)
+
+    def only(self, run: Any) -> str:
+        """Start a run unless its experiment has one of that name.
+
+        The server lets several runs have one name. Of those that are started at the same time the oldest stays: whoever
+        started another deletes it. The server's times are whole seconds, so it is looked only after the next has begun.
+
+        Args:
+            run: a `V2beta1Run` with a name.
+
+        Returns:
+            The ID of the run of that name.
+        """
+        for known in self._runs_like(run):
+            return known
+        made = self.start(run)
+        time.sleep(TICK)
+        oldest = next(iter(self._runs_like(run)), made)
+        if oldest != made:
+            self._call(self._runs.run_service_delete_run, made)
+        return oldest
+
+    def _runs_like(self, run: Any) -> list[str]:
+        """IDs of the experiment's runs of the same name, the oldest first."""
+        where = {"experiment_id": run.experiment_id, **self._named(run.display_name)}
+        listed = self._call(self._runs.run_service_list_runs, **where).runs or []
+        same = [item for item in listed if item.display_name == run.display_name]
+        return [str(item.run_id) for item in sorted(same, key=lambda item: (item.created_at, item.run_id))]
 
     def run(self, run_id: str, patient: bool = False) -> Any:
         """A run as it is now (`V2beta1Run`); `patient`: ask until there is an answer."""

@@ -126,9 +126,9 @@ def parse(arguments: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> t
         if SECRET_WORD.search(word) or SECRET_URI.search(value):
             raise UserError(f"{key}= looks like a credential: those belong into a Kubernetes secret, not into a run")
         if key in names:
-            options[key] = _typed(key, value, "BOOLEAN" if isinstance(names[key].default, bool) else "STRING")
+            options[key] = typed(key, value, "BOOLEAN" if isinstance(names[key].default, bool) else "STRING")
         if key in known:
-            parameters[key] = _typed(key, value, str(known[key]["parameterType"]))
+            parameters[key] = typed(key, value, str(known[key]["parameterType"]))
     if not options.get("run_id"):
         required = [n for n, p in known.items() if not p.get("isOptional") and "defaultValue" not in p]
         missing = [name for name in required if name not in parameters]
@@ -139,8 +139,17 @@ def parse(arguments: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> t
     return Options(**options), parameters
 
 
-def _typed(key: str, value: str, kind: str) -> Any:
-    """A word's value in the type of KFP's own name; lists and mappings are written as Hydra has them."""
+def typed(key: str, value: str, kind: str) -> Any:
+    """A word's value in the type of KFP's own name; lists and mappings are written as Hydra has them.
+
+    Args:
+        key: what the error calls it.
+        value: as it was typed.
+        kind: STRING, NUMBER_INTEGER, NUMBER_DOUBLE, BOOLEAN, LIST or STRUCT.
+
+    Raises:
+        UserError: the value is not of that type.
+    """
     wanted = {
         "NUMBER_INTEGER": "a whole number",
         "NUMBER_DOUBLE": "a number",
@@ -208,7 +217,27 @@ def dry_run(pipeline: Compiled, options: Options, parameters: Mapping[str, Any])
     return json.dumps({**asked, "experiment": experiment, "upload_unless_there": upload, "run": run}, indent=2)
 
 
-def submit(options: Options, pipeline: Compiled, parameters: Mapping[str, Any], server: Server) -> str:
+def register(pipeline: Compiled, server: Server) -> dict[str, str]:
+    """Find or upload the version of a compiled pipeline, and say which it was.
+
+    Returns:
+        `pipeline_id`, `pipeline_version_id`.
+
+    Raises:
+        UserError: the server refuses.
+        Unavailable: the server does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, f"{pipeline.name}.yaml")
+        package.write_bytes(pipeline.text)
+        pipeline_id, version_id, uploaded = server.version(pipeline.name, pipeline.version, package)
+    print(f"{pipeline.name} {pipeline.version}: {'uploaded' if uploaded else 'there already'}", file=sys.stderr)
+    return {"pipeline_id": pipeline_id, "pipeline_version_id": version_id}
+
+
+def submit(
+    options: Options, pipeline: Compiled, parameters: Mapping[str, Any], server: Server, once: bool = False
+) -> str:
     """Start a run.
 
     Args:
@@ -216,6 +245,7 @@ def submit(options: Options, pipeline: Compiled, parameters: Mapping[str, Any], 
         pipeline: the compiled pipeline.
         parameters: its parameters.
         server: where.
+        once: only where the experiment has no run of that name yet.
 
     Returns:
         The run's ID.
@@ -225,13 +255,8 @@ def submit(options: Options, pipeline: Compiled, parameters: Mapping[str, Any], 
         Unavailable: the server does not answer.
     """
     experiment_id = server.experiment(options.experiment, options.create_experiment)
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, f"{pipeline.name}.yaml")
-        package.write_bytes(pipeline.text)
-        pipeline_id, version_id, uploaded = server.version(pipeline.name, pipeline.version, package)
-    print(f"{pipeline.name} {pipeline.version}: {'uploaded' if uploaded else 'there already'}", file=sys.stderr)
-    ids = {"experiment_id": experiment_id, "pipeline_id": pipeline_id, "pipeline_version_id": version_id}
-    return server.start(body(pipeline, options, parameters, ids))
+    run = body(pipeline, options, parameters, {"experiment_id": experiment_id, **register(pipeline, server)})
+    return server.only(run) if once else server.start(run)
 
 
 def usage(pipeline: Compiled) -> str:

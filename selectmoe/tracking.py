@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,53 @@ def _refusal(uri: str, error: Exception) -> tuple[str, bool]:
     if "error responses" in text:
         return f"MLflow at {uri} answers with errors ({_first_line(error)}): look at its log and its database", False
     return f"MLflow at {uri} cannot be reached ({_first_line(error)}): start it, or set MLFLOW_TRACKING_URI", False
+
+
+def expire(uri: str, before: int) -> int:
+    """Delete old runs of ours that have ended, unless something that stays rests on them; MLflow keeps them in its bin.
+
+    What stays keeps alive the run that holds its artifacts and its parents; so does a version of a registered model.
+
+    Args:
+        uri: address of the MLflow server.
+        before: a run is old that began before this (milliseconds since 1970).
+
+    Returns:
+        How many were deleted.
+    """
+    with _settings({"MLFLOW_TRACKING_URI": uri}):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri)
+        experiments = [entry.experiment_id for entry in _pages(client.search_experiments)]
+        runs = {run.info.run_id: run for run in _pages(client.search_runs, experiments)} if experiments else {}
+        old = {run_id for run_id, run in runs.items() if _ended_before(run, before)}
+        kept = [run_id for run_id in runs if run_id not in old]
+        kept += [version.run_id for version in _pages(client.search_model_versions)]
+        while kept:
+            run_id = kept.pop()
+            old.discard(run_id)
+            tags = runs[run_id].data.tags if run_id in runs else {}
+            kept += [tags[key] for key in ("mlflow.parentRunId", f"{TAG}artifacts_in") if tags.get(key) in old]
+        for run_id in sorted(old):
+            client.delete_run(run_id)
+        return len(old)
+
+
+def _ended_before(run: Run, before: int) -> bool:
+    ours = any(key.startswith(TAG) for key in run.data.tags)
+    return ours and run.info.status in ("FINISHED", "FAILED", "KILLED") and run.info.start_time < before
+
+
+def _pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow's client finds."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _first_line(error: Exception) -> str:

@@ -105,6 +105,7 @@ class KfpServer:
                 r"GET /runs": self._list_runs,
                 r"POST /runs": self._create_run,
                 r"GET /runs/([^/]+)": self._get_run,
+                r"DELETE /runs/([^/]+)": self._delete_run,
             }
             for pattern, handle in routes.items():
                 found = re.fullmatch(pattern, call)
@@ -182,7 +183,7 @@ class KfpServer:
         unknown = set(made.runtime_config.parameters or {}) - set(known)
         if unknown:
             raise Answer(400, f"parameter {sorted(unknown)} is not in the pipeline")
-        made.run_id, made.state, made.created_at = _id(), "PENDING", datetime.now(UTC)
+        made.run_id, made.state, made.created_at = _id(), "PENDING", datetime.now(UTC).replace(microsecond=0)
         self.runs.append(made)
         return made
 
@@ -193,6 +194,10 @@ class KfpServer:
         run.state, details = self.script[min(step, len(self.script) - 1)]
         run.run_details = api.V2beta1RunDetails(task_details=list(details))
         return run
+
+    def _delete_run(self, run_id: str, **_: Any) -> Any:
+        self.runs.remove(_one(self.runs, "run_id", run_id))
+        return {}
 
 
 def _id() -> str:
@@ -261,6 +266,9 @@ def _handler(server: KfpServer) -> type[BaseHTTPRequestHandler]:
             self._serve()
 
         def do_POST(self) -> None:
+            self._serve()
+
+        def do_DELETE(self) -> None:
             self._serve()
 
         def _serve(self) -> None:
