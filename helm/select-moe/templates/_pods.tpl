@@ -231,9 +231,22 @@ volumes:
   {{- end }}
 {{- end }}
 
-{{/* A Job's limits, for those that are hooks. */}}
+{{/*
+How long and how often a Job is tried. Exit code 2 is a mistake in the values, which no second try mends; a pod that its
+node lost is no failure. Takes (dict "root" $ "deadline" SECONDS).
+*/}}
 {{- define "select-moe.jobLimits" -}}
-backoffLimit: {{ .Values.hooks.backoffLimit }}
-activeDeadlineSeconds: {{ .Values.hooks.activeDeadlineSeconds }}
-ttlSecondsAfterFinished: {{ .Values.hooks.ttlSecondsAfterFinished }}
+activeDeadlineSeconds: {{ .deadline }}
+backoffLimit: {{ .root.Values.hooks.backoffLimit }}
+ttlSecondsAfterFinished: {{ .root.Values.hooks.ttlSecondsAfterFinished }}
+podFailurePolicy:
+  rules:
+    - action: FailJob
+      onExitCodes:
+        operator: In
+        values: [2]
+    - action: Ignore
+      onPodConditions:
+        - type: DisruptionTarget
+          status: "True"
 {{- end }}
