@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -49,74 +48,28 @@ from transformers.models.olmoe.modeling_olmoe import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from selectmoe import allowed_code
 from selectmoe.errors import UserError
-from selectmoe.losses import check_loss, quality_loss
+from selectmoe.gates import QualityGate, QualityScore, SelectMoeConfig, TrashExpert, TrashFunction, set_qk_norm
+from selectmoe.losses import quality_loss
+
+__all__ = [
+    "OriginalOlmoe",
+    "QualityGate",
+    "SelectMoeConfig",
+    "SelectMoeForCausalLM",
+    "SelectMoeModel",
+    "SelectMoeOutput",
+    "apply_gates",
+    "load_judge",
+    "open_gates",
+    "realign",
+]
 
 logger = logging.getLogger(__name__)
 
-GATE_MODES = ("observer", "applied")
-TRASH_MODES = ("zero", "noise")
 OPEN_BIAS = 100.0
 """A bias at which sigmoid is exactly 1 in every dtype."""
-
-
-@strict
-class SelectMoeConfig(OlmoeConfig):
-    """OLMoE's configuration and the keys of the quality gates.
-
-    Attributes:
-        quality_gate_init_mean: mean of the gates' initial weights.
-        quality_gate_init_std: their standard deviation.
-        quality_gate_init_bias: initial bias; None: 0 for observers, +3 for applied gates (0 would halve every MoE output).
-        gate_mode: `observer` (the gate only reads) or `applied` (it scales the MoE's output).
-        trash_expert_mode: what takes the MoE's place where an applied gate closes: `zero`, or `noise` (normal with the
-            token's mean and standard deviation; its mean in eval mode).
-        quality_loss_type: a name in `selectmoe.losses.LOSSES`.
-        quality_loss_weight: its weight, before `router_aux_loss_coef`.
-        quality_loss_params: its parameters; what is not given has its default.
-        enable_load_balancing: add transformers' load-balancing loss.
-        qk_norm: False: no norm on queries and keys, so that an upcycled Llama-like model is exact.
-    """
-
-    model_type = "select_moe"
-
-    quality_gate_init_mean: float = 0.0
-    quality_gate_init_std: float = 0.02
-    quality_gate_init_bias: float | None = None
-    gate_mode: str = "observer"
-    trash_expert_mode: str = "zero"
-    quality_loss_type: str = "sigmoid"
-    quality_loss_weight: float = 1.0
-    quality_loss_params: dict[str, Any] | None = None
-    enable_load_balancing: bool = False
-    qk_norm: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the bias and refuse unknown names.
-
-        Raises:
-            UserError: an unknown gate mode, trash expert or loss.
-        """
-        if self.quality_gate_init_bias is None:
-            self.quality_gate_init_bias = 3.0 if self.gate_mode == "applied" else 0.0
-        for key, known in (("gate_mode", GATE_MODES), ("trash_expert_mode", TRASH_MODES)):
-            if getattr(self, key) not in known:
-                raise UserError(f"{key}={getattr(self, key)!r} is unknown; known: {', '.join(known)}")
-        check_loss(self.quality_loss_type, self.quality_loss_params)
-        super().__post_init__(**kwargs)
-
-
-class QualityGate(nn.Linear):
-    """[.., H] -> raw quality score [.., 1], computed in float32."""
-
-    def __init__(self, hidden_size: int) -> None:
-        """A gate over hidden states of `hidden_size`."""
-        super().__init__(hidden_size, 1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The raw score of every token, float32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
 class SelectMoeRouter(OlmoeTopKRouter):
@@ -128,28 +81,18 @@ class SelectMoeRouter(OlmoeTopKRouter):
         return logits, weights.to(hidden_states.dtype), indices
 
 
-def trash(hidden: Tensor, mode: str, training: bool) -> Tensor | None:
-    """Output of the trash expert for [B, T, H] hidden states; None where it is zero."""
-    if mode == "zero":
-        return None
-    still = hidden.detach()
-    mean = still.mean(-1, keepdim=True)
-    if not training:
-        return mean.expand_as(still)
-    return mean + still.std(-1, keepdim=True, correction=0) * torch.randn_like(still)
-
-
 class SelectMoeDecoderLayer(OlmoeDecoderLayer):
     """OLMoE's decoder layer with a quality gate that reads what the MoE block reads."""
 
     def __init__(self, config: SelectMoeConfig, layer_idx: int) -> None:
         """Build layer `layer_idx`."""
         super().__init__(config, layer_idx)
-        self.gate_mode, self.trash_mode = config.gate_mode, config.trash_expert_mode
+        self.gate_mode = config.gate_mode
         self.mlp.gate = SelectMoeRouter(config)
         self.quality_gate = QualityGate(config.hidden_size)
-        if not config.qk_norm:
-            drop_qk_norm(self.self_attn)
+        self.quality_score = QualityScore()
+        self.trash = TrashExpert(config.trash_expert_mode)
+        set_qk_norm(self.self_attn, config)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -160,18 +103,12 @@ class SelectMoeDecoderLayer(OlmoeDecoderLayer):
         hidden = self.post_attention_layernorm(residual)
         moe: Tensor = self.mlp(hidden)
         if self.gate_mode == "observer":
-            self.quality_gate(hidden.detach())  # recorded by a hook; changes nothing
+            self.quality_score(self.quality_gate(hidden.detach()))  # recorded by a hook; changes nothing
             return residual + moe
-        good = torch.sigmoid(self.quality_gate(hidden))
+        good = torch.sigmoid(self.quality_score(self.quality_gate(hidden)))
         out = residual + good.to(moe.dtype) * moe
-        other = trash(hidden, self.trash_mode, self.training)
+        other = self.trash(hidden)
         return out if other is None else out + (1 - good).to(other.dtype) * other
-
-
-def drop_qk_norm(attention: OlmoeAttention) -> None:
-    """Replace the norms on queries and keys by the identity."""
-    attention.q_norm = nn.Identity()
-    attention.k_norm = nn.Identity()
 
 
 class SelectMoePreTrainedModel(OlmoePreTrainedModel):
@@ -182,7 +119,7 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"quality_gate"}
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "router_logits": OutputRecorder(OlmoeTopKRouter, index=0),
-        "quality_score": OutputRecorder(QualityGate, index=0),
+        "quality_score": OutputRecorder(QualityScore, index=0),
         "hidden_states": SelectMoeDecoderLayer,
         "attentions": OlmoeAttention,
     }
@@ -194,6 +131,16 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
             init.constant_(module.bias, self.config.quality_gate_init_bias)
         else:
             super()._init_weights(module)
+
+    def set_trash_expert(self, function: TrashFunction) -> None:
+        """Give the model a custom trash expert: (hidden states [B, T, H], whether it trains) -> the same shape.
+
+        What is saved says `custom` and names no code: whoever loads it gives the function again.
+        """
+        self.config.trash_expert_mode = "custom"
+        for module in self.modules():
+            if isinstance(module, TrashExpert):
+                module.mode, module.function = "custom", function
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -207,12 +154,11 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
         The re-entrant kind runs the layers without a graph: what is recorded in them, gate scores and router logits,
         then has no gradient, silently. The other kind gives the same numbers as no checkpointing.
         """
-        keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
-        if enable and keywords.get("use_reentrant"):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             logger.warning(
                 "use_reentrant=True would cut the gates' gradient: checkpointing without re-entering instead"
             )
-        function = functools.partial(checkpoint, **(keywords | {"use_reentrant": False}))
+        function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
 
@@ -334,13 +280,15 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
         if labels is not None:
             out.ce_loss = out.loss = self._cross_entropy(logits, labels, row_labels, items)
         if record:
+            valid = None  # of these tokens: the mask also covers what a cache holds
+            if attention_mask is not None and attention_mask.dim() == 2:
+                valid = attention_mask[:, -base.last_hidden_state.shape[1] :]
             out.aux_loss = load_balancing_loss_func(
-                out.moe_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask
+                out.moe_logits, self.config.num_experts, self.config.num_experts_per_tok, valid
             )
             if out.loss is not None:
-                valid = base.last_hidden_state.new_ones(base.last_hidden_state.shape[:2])
-                if attention_mask is not None:
-                    valid = attention_mask[:, -valid.shape[1] :]
+                if valid is None:
+                    valid = base.last_hidden_state.new_ones(base.last_hidden_state.shape[:2])
                 out.loss = out.loss + self._router_losses(out, valid, row_labels, answer_mask).to(out.loss.device)
         return out
 
@@ -379,9 +327,8 @@ class OriginalOlmoe(OlmoeForCausalLM):
     def __init__(self, config: OlmoeConfig) -> None:
         """Build the model with fresh weights."""
         super().__init__(config)
-        if not getattr(config, "qk_norm", True):
-            for layer in self.model.layers:
-                drop_qk_norm(layer.self_attn)
+        for layer in self.model.layers:
+            set_qk_norm(layer.self_attn, config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -414,16 +361,55 @@ def open_gates(model: SelectMoeForCausalLM) -> None:
                 module.bias.fill_(OPEN_BIAS)
 
 
-def load_judge(path: str | Path, device: torch.device | str, dtype: torch.dtype) -> SelectMoeForCausalLM:
-    """A Select-MoE checkpoint in eval mode; its gates are float32 whatever the dtype.
+def apply_gates(model: SelectMoeForCausalLM, gain: float, bias: float) -> None:
+    """Turn a trained observer into a model with applied gates, g = sigmoid(gain * s + bias), in place.
+
+    Args:
+        model: with gates in observer mode.
+        gain: what scores are multiplied by; small, because scores that order rows may be large.
+        bias: what is then added: the larger, the more of the MoE's output stays.
 
     Raises:
-        UserError: there is no checkpoint at `path`, or it is not a Select-MoE one.
+        UserError: the gates are applied already.
+    """
+    if model.config.gate_mode != "observer":
+        raise UserError(f"gate_mode is {model.config.gate_mode} already: only observers are turned into applied gates")
+    model.config.gate_mode = "applied"
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SelectMoeDecoderLayer):
+                module.gate_mode = "applied"
+                module.quality_gate.weight.mul_(gain)
+                module.quality_gate.bias.mul_(gain).add_(bias)
+
+
+def load_judge(
+    path: str | Path, device: torch.device | str, dtype: torch.dtype, trash_expert: str = ""
+) -> SelectMoeForCausalLM:
+    """A Select-MoE checkpoint in eval mode; its gates are float32 whatever the dtype.
+
+    Args:
+        path: a folder, `s3://` or a hub name.
+        device: where it goes.
+        dtype: of everything but the gates.
+        trash_expert: import path of a custom trash expert, which the command line must have allowed; "": the
+            checkpoint's own.
+
+    Raises:
+        UserError: there is no checkpoint at `path`, it is not a Select-MoE one, or its trash expert is custom and none
+            is given, or one is given and would not be used.
     """
     from selectmoe.checkpoint import resolve
 
+    function = allowed_code.get(trash_expert, "selector_model.trash_expert") if trash_expert else None
     source = resolve(str(path), ("select_moe",), "selector_model.path", "make one with `selectmoe convert`")
+    if function is None and source.config.get("trash_expert_mode") == "custom":
+        raise UserError(f"{source.path} has a custom trash expert: name it with selector_model.trash_expert=")
+    if function is not None and source.config.get("gate_mode") != "applied":
+        raise UserError("selector_model.trash_expert is read with gate_mode=applied only: leave it out")
     model: SelectMoeForCausalLM = SelectMoeForCausalLM.from_pretrained(source.path, dtype=dtype).to(device)
+    if function is not None:
+        model.set_trash_expert(function)
     realign(model)
     model.eval()
     return model

@@ -1,26 +1,27 @@
-"""The model: OLMoE to the bit, gates, gradients, a golden NumPy forward. Run: pytest tests/unit/test_modeling.py"""
+"""The model: OLMoE to the bit, gates, gradients, checkpoints. Run: pytest tests/unit/test_modeling.py"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+from selectmoe import allowed_code
 from selectmoe.errors import UserError
+from selectmoe.gates import TrashExpert
 from selectmoe.losses import LOSSES
 from selectmoe.modeling import (
     OriginalOlmoe,
     QualityGate,
     SelectMoeConfig,
     SelectMoeForCausalLM,
+    apply_gates,
     load_judge,
     open_gates,
     realign,
-    trash,
 )
 
 SIZES: dict[str, Any] = {
@@ -92,63 +93,6 @@ def test_outputs_have_the_promised_shapes_and_are_float32() -> None:
     assert base.last_hidden_state.shape == (2, 9, 32)
     assert "quality_score" not in model.model(ids)
     assert model(ids).quality_score is None
-
-
-def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return np.asarray(weight * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5))
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return np.asarray(e / e.sum(-1, keepdims=True))
-
-
-def numpy_layer(w: dict[str, np.ndarray], x: np.ndarray, p: str, applied: bool) -> tuple[np.ndarray, ...]:
-    """One decoder layer for one row [T, H]: the new x, raw gate scores [T], raw router logits [T, E]."""
-    length, dim, heads, kv = len(x), 8, 4, 2
-    h = rms(x, w[p + "input_layernorm.weight"])
-    q = rms(h @ w[p + "self_attn.q_proj.weight"].T, w[p + "self_attn.q_norm.weight"]).reshape(length, heads, dim)
-    k = rms(h @ w[p + "self_attn.k_proj.weight"].T, w[p + "self_attn.k_norm.weight"]).reshape(length, kv, dim)
-    v = (h @ w[p + "self_attn.v_proj.weight"].T).reshape(length, kv, dim)
-    angle = np.arange(length)[:, None] / 10000.0 ** (np.arange(0, dim, 2) / dim)
-    cos, sin = (np.concatenate([f(angle)] * 2, -1)[:, None] for f in (np.cos, np.sin))
-
-    def rotate(t: np.ndarray) -> np.ndarray:
-        return np.asarray(t * cos + np.concatenate([-t[..., dim // 2 :], t[..., : dim // 2]], -1) * sin)
-
-    q, k = rotate(q), rotate(k)
-    mixed = np.zeros((length, heads, dim))
-    for head in range(heads):
-        scores = q[:, head] @ k[:, head // 2].T / np.sqrt(dim)
-        scores[np.triu_indices(length, 1)] = -np.inf
-        mixed[:, head] = softmax(scores) @ v[:, head // 2]
-    a = x + mixed.reshape(length, -1) @ w[p + "self_attn.o_proj.weight"].T
-    h = rms(a, w[p + "post_attention_layernorm.weight"])
-    score = h @ w[p + "quality_gate.weight"][0] + w[p + "quality_gate.bias"][0]
-    logits = h @ w[p + "mlp.gate.weight"].T
-    probs = softmax(logits)
-    out = np.zeros_like(a)
-    for t in range(length):
-        for e in np.argsort(-probs[t])[:2]:
-            gate, up = np.split(w[p + "mlp.experts.gate_up_proj"][e] @ h[t], 2)
-            out[t] += probs[t, e] * (w[p + "mlp.experts.down_proj"][e] @ (gate / (1 + np.exp(-gate)) * up))
-    good = 1 / (1 + np.exp(-score)) if applied else np.ones(length)
-    return a + good[:, None] * out, score, logits
-
-
-@pytest.mark.parametrize("mode", ["observer", "applied"])
-def test_golden_router_logits_and_gate_against_numpy(mode: str) -> None:
-    model = judge(gate_mode=mode, quality_gate_init_std=0.5)
-    w = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    ids = tokens(1, 7)
-    out = model(ids, output_router_logits=True)
-    x = w["model.embed_tokens.weight"][ids[0].numpy()]
-    for layer in range(2):
-        x, score, logits = numpy_layer(w, x, f"model.layers.{layer}.", mode == "applied")
-        np.testing.assert_allclose(out.quality_score[layer][0, :, 0].detach().numpy(), score, atol=2e-5)
-        np.testing.assert_allclose(out.moe_logits[layer].detach().numpy(), logits, atol=2e-5)
-    want = rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
-    np.testing.assert_allclose(out.logits[0].detach().numpy(), want, atol=1e-4)
 
 
 CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
@@ -278,7 +222,8 @@ def test_spec7_03_11_one_valid_token_and_rows_without_learnable_tokens_stay_fini
     ("key", "value", "known"),
     [
         ("gate_mode", "aplied", "observer, applied"),
-        ("trash_expert_mode", "nois", "zero, noise"),
+        ("trash_expert_mode", "nois", "zero, noise, custom"),
+        ("qk_norm", "heads", "True, False, head"),
         ("quality_loss_type", "sigmod", "did you mean sigmoid"),
     ],
 )
@@ -303,10 +248,65 @@ def test_spec7_06_trash_mode_has_an_effect() -> None:
     assert not torch.equal(zero(ids).logits, noise(ids).logits)
     assert torch.equal(noise(ids).logits, noise(ids).logits)  # its mean in eval mode
     hidden = torch.randn(1, 3, 4096) * torch.tensor([1.0, 2.0, 3.0])[None, :, None] + 5
-    drawn = trash(hidden, "noise", training=True)
+    drawn = TrashExpert("noise").train()(hidden)
     assert drawn is not None
     torch.testing.assert_close(drawn.mean(-1), hidden.mean(-1), rtol=0.05, atol=0.1)
     torch.testing.assert_close(drawn.std(-1), hidden.std(-1), rtol=0.1, atol=0.1)
+
+
+def scaled(hidden: torch.Tensor, training: bool) -> torch.Tensor:
+    return hidden * (2 if training else 0.5)
+
+
+def narrow(hidden: torch.Tensor, training: bool) -> torch.Tensor:
+    return hidden[..., :1]
+
+
+def test_a_custom_trash_expert_runs_where_the_caller_gives_it_and_no_checkpoint_names_code(tmp_path: Path) -> None:
+    ids = tokens()
+    model = judge(gate_mode="applied", quality_gate_init_bias=-2.0, trash_expert_mode="custom")
+    with pytest.raises(UserError, match="no function for it"):
+        model(ids)
+    model.set_trash_expert(scaled)
+    as_scaled = model(ids).logits
+    assert not torch.equal(as_scaled, judge(gate_mode="applied", quality_gate_init_bias=-2.0)(ids).logits)
+    assert not torch.equal(model.train()(ids).logits, as_scaled)
+    model.set_trash_expert(narrow)
+    with pytest.raises(UserError, match=r"gave \(2, 9, 1\) for hidden states of shape \(2, 9, 32\)"):
+        model(ids)
+    model.save_pretrained(tmp_path)
+    assert "narrow" not in (tmp_path / "config.json").read_text()
+
+    own = f"{__name__}:scaled"
+    with pytest.raises(UserError, match=r"custom trash expert: name it with selector_model\.trash_expert="):
+        load_judge(tmp_path, "cpu", torch.float32)
+    with pytest.raises(UserError, match=r"add allow_code="):
+        load_judge(tmp_path, "cpu", torch.float32, own)
+    allowed_code.allow([own])
+    assert torch.equal(load_judge(tmp_path, "cpu", torch.float32, own)(ids).logits, as_scaled)
+    judge().save_pretrained(tmp_path / "observer")
+    with pytest.raises(UserError, match="gate_mode=applied only"):
+        load_judge(tmp_path / "observer", "cpu", torch.float32, own)
+    allowed_code.allow([])
+
+    text = (tmp_path / "config.json").read_text().replace('"custom"', '"os:system"')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="trash_expert_mode=os:system names code, which no checkpoint may"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_observer_becomes_an_applied_gate_with_gain_and_bias() -> None:
+    model, ids = judge(quality_gate_init_std=0.5), tokens()
+    before = model(ids, output_router_logits=True).quality_score[0]
+    apply_gates(model, 0.3, 3.0)
+    after = model(ids, output_router_logits=True)
+    torch.testing.assert_close(after.quality_score[0], 0.3 * before + 3.0)
+    assert not torch.equal(after.logits, judge(quality_gate_init_std=0.5)(ids).logits)
+    fresh = judge(gate_mode="applied")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(ids).logits, after.logits)
+    with pytest.raises(UserError, match="applied already"):
+        apply_gates(model, 0.3, 3.0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -335,6 +335,24 @@ def test_spec7_14_cache_and_generation_agree_with_a_full_pass() -> None:
     past = model(ids[:, :5], use_cache=True).past_key_values
     rest = model(ids[:, 5:], past_key_values=past, use_cache=True).logits
     torch.testing.assert_close(rest, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cached_pass_records_scores_and_load_balancing_of_its_own_tokens_only() -> None:
+    model, ids = judge(), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    past = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+    rest = model(
+        ids[:, 5:],
+        attention_mask=mask,
+        past_key_values=past,
+        use_cache=True,
+        output_router_logits=True,
+        labels=ids[:, 5:],
+    )
+    assert [tuple(score.shape) for score in rest.quality_score] == [(2, 4, 1)] * 2
+    assert rest.aux_loss.isfinite()
+    assert rest.loss.isfinite()
 
 
 def test_save_and_load_to_the_bit_through_auto_classes(tmp_path: Path) -> None:
