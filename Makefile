@@ -8,7 +8,7 @@ TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill lint format types compile lock \
-        image image-test chart-test sbom licences clean bench-s3
+        image image-test chart-test sbom licences clean bench-s3 kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -75,6 +75,24 @@ sbom: setup ## build/sbom.cdx.json: what is installed here, as CycloneDX
 
 licences: setup ## fail on a package whose licence pyproject.toml does not allow
 	@.venv/bin/pip-licenses --summary
+
+kind-up: setup ## everything in a kind cluster on this machine: KFP, the chart, the image (Docker or Podman, kind, kubectl, helm)
+	@$(PYTHON) -m k8s.kind up $(ARGS)
+
+kind-run: setup ## submit the pipeline there and follow it: PRESET=quick
+	@$(PYTHON) -m k8s.kind run preset=$(PRESET) $(ARGS)
+
+kind-test: setup ## what only a cluster proves: helm test, end to end, cache, a pod deleted, a worker drained
+	@$(PYTHON) -m k8s.kind test $(ARGS)
+
+kind-logs: setup ## collect what helps to find a fault in .selectmoe/kind/logs-TIME
+	@$(PYTHON) -m k8s.kind logs $(ARGS)
+
+kind-down: setup ## remove the cluster
+	@$(PYTHON) -m k8s.kind down
+
+images-lock: setup ## write the registries' digests beside the tags in the chart's values (needs a network)
+	@$(PYTHON) -m k8s.images $(ARGS)
 
 bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
 	@$(PYTHON) -m bench.s3 $(ARGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components._shell import note, task
-from selectmoe import journal, runlog, sending
+from selectmoe import journal, manifest, runlog, sending
 from selectmoe.errors import UserError
 
 
@@ -29,7 +29,8 @@ def keep_result(result: Any, plan: str, work_root: str, page: Any, numbers: Any,
         numbers.log_metric(f"{arm['name']}_high", float(arm["ci95"][1]))
     _as_file(numbers)
     result.metadata["verdict"] = verdict["verdict"]
-    runlog.keep_result(work_root, plan, result.uri, results["sentence"])
+    identity = manifest.read_manifest(result.path, verify=False).identity
+    runlog.keep_result(work_root, plan, result.uri, results["sentence"], identity)
 
 
 def show_summary(result: Any, summary: Any) -> None:

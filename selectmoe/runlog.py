@@ -53,10 +53,11 @@ class Record:
             self.store.put_bytes(self.name, json.dumps(self.entry, sort_keys=True).encode())
 
 
-def keep_result(work_root: str, plan: str, uri: str, verdict: str) -> None:
-    """Note where the report of a plan lies, and its sentence."""
+def keep_result(work_root: str, plan: str, uri: str, verdict: str, identity: str) -> None:
+    """Note where the report of a plan lies, its sentence and its identity."""
     store = open_store(f"{work_root}/results")
-    store.put_bytes(f"{plan}.json", json.dumps({"report": uri, "verdict": verdict}, sort_keys=True).encode())
+    found = {"report": uri, "verdict": verdict, "identity": identity}
+    store.put_bytes(f"{plan}.json", json.dumps(found, sort_keys=True).encode())
 
 
 def result(work_root: str, plan: str) -> dict[str, str] | None:
@@ -74,7 +75,7 @@ def tell(work_root: str, succeeded: bool) -> dict[str, Any]:
 
     Returns:
         run, succeeded, stage and reason of the first failure (empty: none), tasks {stage: executions}, seconds
-        {stage: sum}, accelerator_hours, report and verdict (empty: none). What came from the cache is in none of them.
+        {stage: sum}, accelerator_hours; report, verdict and identity of the report (empty: none). What came from the cache is in none of them.
     """
     run = os.environ.get(RUN, "unknown")
     store = open_store(f"{work_root}/runs/{run}")
@@ -89,7 +90,7 @@ def tell(work_root: str, succeeded: bool) -> dict[str, Any]:
         tasks[entry["stage"]] = tasks.get(entry["stage"], 0) + 1
         hours += spent / 3600 * entry.get("count", 0)
     plan = next((entry["plan"] for entry in entries if "plan" in entry), "")
-    found = (result(work_root, plan) if plan else None) or {"report": "", "verdict": ""}
+    found = (result(work_root, plan) if plan else None) or {"report": "", "verdict": "", "identity": ""}
     summary = {
         "run": run,
         "succeeded": succeeded,

@@ -25,7 +25,7 @@ def test_a_run_that_went_well(root: str) -> None:
     record = runlog.Record(root, "check")
     record.entry["plan"] = "p"
     record.end()
-    runlog.keep_result(root, "p", "s3://b/report", "beats random")
+    runlog.keep_result(root, "p", "s3://b/report", "beats random", "1d")
     for _ in range(2):
         task = runlog.Record(root, "route", accelerator="nvidia.com/gpu", count=2, memory="16Gi")
         task.entry["started"] -= 1800
@@ -34,6 +34,7 @@ def test_a_run_that_went_well(root: str) -> None:
     assert told["tasks"] == {"check": 1, "route": 2}
     assert told["accelerator_hours"] == pytest.approx(2.0, abs=0.01)
     assert (told["report"], told["verdict"], told["reason"]) == ("s3://b/report", "beats random", "")
+    assert told["identity"] == "1d"
     text = runlog.markdown(told)
     assert "Run run-1: succeeded" in text
     assert "| route | 2 | 3600" in text
