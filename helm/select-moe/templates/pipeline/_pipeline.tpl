@@ -26,8 +26,10 @@ environment:
   {{- $_ := set $environment "MLFLOW_TRACKING_URI" (include "select-moe.mlflowUrl" .) }}
   {{- if .Values.mlflow.auth.enabled }}{{ $_ := set $environment "MLFLOW_TRACKING_USERNAME" .Values.mlflow.auth.username }}{{ end }}
   {{- toYaml (merge (dict) $site.environment $environment) | nindent 2 }}
+{{- with include "select-moe.profileSecrets" . | trim }}
 secrets:
-  {{- include "select-moe.profileSecrets" . | nindent 2 }}
+  {{- . | nindent 2 }}
+{{- end }}
 labels:
   {{- toYaml (merge (include "select-moe.pipelineSelector" . | fromYaml) $site.labels) | nindent 2 }}
 {{- range $key, $volume := dict "scratch" .Values.pipeline.scratch "model_cache" .Values.pipeline.modelCache }}
@@ -59,5 +61,7 @@ labels:
 {{- with .Values.pipeline.hubToken.existingSecret }}
 {{- if .name }}{{ $secrets = append $secrets (dict "name" .name "env" (dict "HF_TOKEN" .tokenKey)) }}{{ end }}
 {{- end }}
-{{- toYaml (concat $secrets .Values.pipeline.profile.secrets) }}
+{{- with concat $secrets .Values.pipeline.profile.secrets }}
+{{- toYaml . }}
+{{- end }}
 {{- end }}
