@@ -5,8 +5,8 @@
 
 A digest beside a tag makes an image unchangeable. Where `digest:` stands in a values file, the registry's own answer for
 `repository:tag` is written there, everything else in the file stays as it is; what a file does not say is taken from the
-chart's values.yaml. An image with an empty tag or repository is left alone, and so is one that its registry does not have
-(your own one, before it is pushed): the exit code is then 1, after the others were written. The registry is asked by
+chart's values.yaml, and an empty tag is the chart's appVersion. An image that its registry does not have (your own one,
+before it is pushed) is left alone: the exit code is then 1, after the others were written. The registry is asked by
 the distribution protocol (HTTP API v2), without an account; what it sends is hashed, not believed.
 """
 
@@ -152,18 +152,34 @@ class Place:
     end: int
 
 
-def places(text: str, base: Mapping[str, Any]) -> list[Place]:
+@dataclass(frozen=True)
+class Chart:
+    """What a values file leaves to the chart."""
+
+    values: Mapping[str, Any]
+    version: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Chart:
+        """From the chart's own files."""
+        values, about = (
+            yaml.safe_load((folder / name).read_text(encoding="utf-8")) for name in ("values.yaml", "Chart.yaml")
+        )
+        return cls(values, str(about["appVersion"]))
+
+
+def places(text: str, chart: Chart) -> list[Place]:
     """The digests of a values file.
 
     Args:
         text: the file.
-        base: the chart's own values, for what the file does not say.
+        chart: what it does not say.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    return [] if root is None else list(_walk(root, base, ""))
+    return [] if root is None else list(_walk(root, chart.values, chart.version, ""))
 
 
-def _walk(node: yaml.Node, base: Any, path: str) -> Iterator[Place]:
+def _walk(node: yaml.Node, base: Any, version: str, path: str) -> Iterator[Place]:
     if not isinstance(node, yaml.MappingNode):
         return
     entries = {key.value: value for key, value in node.value}
@@ -175,19 +191,19 @@ def _walk(node: yaml.Node, base: Any, path: str) -> Iterator[Place]:
             entry = entries.get(key)
             return str(entry.value if isinstance(entry, yaml.ScalarNode) else own.get(key) or "")
 
-        if said("repository") and said("tag"):
-            image = Image.of(said("registry"), said("repository"), said("tag"))
+        if said("repository"):
+            image = Image.of(said("registry"), said("repository"), said("tag") or version)
             yield Place(path, image, where.value, where.start_mark.index, where.end_mark.index)
     for key, value in entries.items():
-        yield from _walk(value, own.get(key), f"{path}.{key}" if path else key)
+        yield from _walk(value, own.get(key), version, f"{path}.{key}" if path else key)
 
 
-def lock(files: list[Path], base: Mapping[str, Any], check: bool) -> tuple[int, int]:
+def lock(files: list[Path], chart: Chart, check: bool) -> tuple[int, int]:
     """Write the digests of the images in some files.
 
     Args:
         files: values files.
-        base: the chart's own values.
+        chart: what they leave to the chart.
         check: change nothing.
 
     Returns:
@@ -197,7 +213,7 @@ def lock(files: list[Path], base: Mapping[str, Any], check: bool) -> tuple[int, 
     changed = lacking = 0
     for file in files:
         text = file.read_text(encoding="utf-8")
-        for place in sorted(places(text, base), key=lambda place: place.start, reverse=True):
+        for place in sorted(places(text, chart), key=lambda place: place.start, reverse=True):
             if place.image not in known:
                 try:
                     known[place.image] = digest(place.image)
@@ -238,9 +254,7 @@ def command(arguments: list[str]) -> int:
     for file in files:
         if not file.is_file():
             raise UserError(f"file={file} is no file")
-    values = CHART / "values.yaml"
-    base = yaml.safe_load(values.read_text(encoding="utf-8")) if values.is_file() else {}
-    changed, lacking = lock(files, base or {}, check)
+    changed, lacking = lock(files, Chart.of(CHART), check)
     print(f"{changed} digests {'would change' if check else 'written'}, {lacking} could not be had")
     if check and changed:
         raise Refused("the digests are not those of the registries: make images-lock")

@@ -81,6 +81,7 @@ class Runs:
             "profile": self.profile,
             "experiment": EXPERIMENT,
             "create_experiment": "true",
+            "service_account": f"{RELEASE}-pipeline",
             "config": f'["demo_dir={MOUNT}/demo"]',
         }
         options, parameters = parse(

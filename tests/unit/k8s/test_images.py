@@ -81,6 +81,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
 @pytest.fixture
 def chart(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(images, "CHART", tmp_path)
+    (tmp_path / "Chart.yaml").write_text('appVersion: "0.1.0"\n', encoding="utf-8")
     (tmp_path / "values.yaml").write_text(
         f"""# a comment that stays
 objectStorage:
@@ -121,7 +122,7 @@ def test_check_says_what_would_change_and_writes_nothing(chart: Path, capsys: py
 def test_an_image_that_is_not_there_does_not_stop_the_others(
     chart: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = f'image: {{registry: "{registry.host}", repository: select-moe, tag: 0.1.0, digest: ""}}\n'
+    own = f'image: {{registry: "{registry.host}", repository: select-moe, tag: "", digest: ""}}\n'
     values = chart / "values.yaml"
     values.write_text(own + values.read_text(), encoding="utf-8")
     assert images.main([f"file={values}"]) == 1

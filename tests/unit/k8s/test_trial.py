@@ -174,6 +174,7 @@ def test_everything_holds(
     assert all(entry["config"] == ["demo_dir=/models/demo"] for entry in parameters)
     roots = [entry["work_root"].rpartition("/")[2] for entry in parameters]
     assert roots == ["reference", "reference", "deleted", "deleted", "drained"]
+    assert {run.service_account for run in kfp.runs} == {"select-moe-pipeline"}
     assert len(kfp.versions) == 1, "the pipeline is uploaded once"
     executor = kfp.versions[0].pipeline_spec["pipeline_spec"]["deploymentSpec"]["executors"]["exec-check"]
     assert executor["container"]["image"] == "select-moe:kind-abab", "the chart's profile"
