@@ -28,8 +28,8 @@ CACHE = "SELECTMOE_MODEL_CACHE"
 """Environment variable: the folder of the cache."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SCHEMES = ("s3://", "hf://")
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-"""What is taken from the hub: weights, configuration and tokenizer; no pickles."""
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "LICENCE*", "NOTICE*"]
+"""What is taken from the hub: weights, configuration, tokenizer and licence; no pickles."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from selectmoe import cache
 from selectmoe.errors import UserError
+from selectmoe.shards import METADATA as METADATA
+from selectmoe.shards import Stored, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-METADATA = {"format": "pt"}
-"""The single metadata key of what we write: several come out in changing order."""
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
@@ -34,8 +33,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-"""What travels with the weights, byte for byte."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+"""Files that say on which terms the weights may be used (patterns)."""
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES)
+"""What travels with the weights, byte for byte (names and patterns)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,28 @@ class Source:
     def shards(self) -> list[Path]:
         """The safetensors files that hold the weights, in order of their names."""
         return _shards(self.path)
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor by its name and where its bytes lie, shard by shard; headers are read, weights are not.
+
+        Raises:
+            UserError: a shard is damaged, or a name comes twice.
+        """
+        found: dict[str, Stored] = {}
+        for shard in self.shards:
+            for name, tensor in read_header(shard).items():
+                if name in found:
+                    raise UserError(f"{self.path} holds the tensor {name} twice")
+                found[name] = tensor
+        return found
+
+    def misplaced(self, tensors: dict[str, Stored]) -> list[str]:
+        """The names of which the index says another shard than the one that holds them, or which it does not know."""
+        if not (self.path / INDEX).is_file():
+            return []
+        named = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        there = {name: tensor.path.name for name, tensor in tensors.items()}
+        return sorted(name for name in {*named, *there} if named.get(name) != there.get(name))
 
 
 def resolve(source: str, model_types: tuple[str, ...], key: str, advice: str = "") -> Source:
@@ -104,6 +127,8 @@ def _shards(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} cannot be read as an index of shards") from None
     for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, which is no file name")
         if not (path / name).is_file():
             raise UserError(f"{path} lacks the shard {name}, which {INDEX} names")
     return [path / name for name in names]
@@ -194,8 +219,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and generation config byte for byte; returns the names of the files."""
-    names = [name for name in COMPANIONS if (source / name).is_file()]
+    """Copy tokenizer, generation config and licence byte for byte; returns the names of the files."""
+    names = companions(source)
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def companions(path: Path) -> list[str]:
+    """The names of the files in a folder that travel with the weights."""
+    return [name for pattern in COMPANIONS for name in sorted(p.name for p in path.glob(pattern) if p.is_file())]

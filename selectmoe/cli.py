@@ -262,8 +262,8 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     from selectmoe import sending
 
-    place = Path(config.output_dir)
-    log = None if distributed.rank() else place / "logs" / f"{name}.log"
+    place, remote = Path(config.output_dir), config.output_dir.startswith("s3://")
+    log = None if distributed.rank() or remote else place / "logs" / f"{name}.log"
     refusal: Refused | None = None
     try:
         with at_stage(name, log=log):
@@ -275,7 +275,8 @@ def dispatch(arguments: list[str]) -> int:
         output, refusal = place, error
     if distributed.rank():  # of several processes that train together, the first writes
         return 0
-    _save_overrides(place, config, rest)
+    if not remote:
+        _save_overrides(place, config, rest)
     print(output)
     if refusal:
         raise refusal

@@ -1,30 +1,35 @@
 """Turn an OLMoE checkpoint into a Select-MoE checkpoint: every original tensor unchanged, quality gates added.
 
     selectmoe convert source_model=allenai/OLMoE-1B-7B-0125 output_dir=out/convert
+    selectmoe convert source_model=s3://models/olmoe output_dir=s3://models/select-moe
 
-In: a folder or hub name of an OLMoE checkpoint, in the original layout (one tensor per expert) or with fused experts.
-Out: the same tensors, bits and dtype, plus `model.layers.N.quality_gate.{weight [1, H], bias [1]}` in float32; the
-config as `select_moe`; tokenizer and generation config byte for byte. Tensors stream: one shard and a bit in memory.
+In: an OLMoE checkpoint (a folder, on S3 or the hub), in the original layout (one tensor per expert) or with fused
+experts. Out: shards of the same names with the same tensors, bits and dtype; in the last one also
+`model.layers.N.quality_gate.{weight [1, H], bias [1]}`, float32; the config as `select_moe`; tokenizer, generation config
+and licence byte for byte. Bytes stream from file to file, so memory does not grow with the model. A shard that is
+written is not written again after a kill; with `output_dir=s3://...` it is sent at once, and the disk holds one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectmoe import checkpoint, stage
+from selectmoe import checkpoint, shards, stage
 from selectmoe.config import StageConfig, group, identity, input_
-from selectmoe.errors import UserError
+from selectmoe.errors import Unavailable, UserError
+from selectmoe.progress import progress
+from selectmoe.shards import Planned, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STAGE = "convert"
-VERSION = 1
+VERSION = 2
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -50,7 +55,9 @@ class GateOptions:
 class ConvertConfig(StageConfig):
     """Configuration of `convert`."""
 
-    source_model: str = input_(doc="OLMoE checkpoint: a folder, or a hub name like allenai/OLMoE-1B-7B-0125")
+    source_model: str = input_(
+        doc="OLMoE checkpoint: a folder, s3://bucket/prefix, or a hub name like allenai/OLMoE-1B-7B-0125"
+    )
     dtype: str = identity("keep", doc="dtype of the original tensors: keep (bit for bit), float32, bfloat16, float16")
     model: GateOptions = group(GateOptions)
 
@@ -66,28 +73,39 @@ class ConvertConfig(StageConfig):
             raise UserError(f"model.quality_gate_init_std={self.model.quality_gate_init_std} must not be negative")
 
 
-def run(config: ConvertConfig) -> Path:
+def run(config: ConvertConfig) -> Path | str:
     """Convert a checkpoint.
 
     Returns:
-        The output directory.
+        The output directory; the URI where it is one.
 
     Raises:
-        UserError: the source is not there or not OLMoE, an option is unknown, or `output_dir` holds something else.
+        UserError: the source is not there, not OLMoE or not whole, an option is unknown, or `output_dir` holds something
+            else.
+        Unavailable: the disk is full.
     """
     config.validate()
     source = checkpoint.resolve(config.source_model, ("olmoe",), "source_model", "only OLMoE models can be converted")
     converted = select_moe_config(source.config, config)
-    with stage.begin(STAGE, VERSION, config, inputs={"source_model": str(source.path)}) as out:
-        if out.done:
-            return out.path
-        checkpoint.write_tensors(out.staging, tensors(source, converted, config))
-        checkpoint.write_json(out.staging / "config.json", converted)
-        names = checkpoint.copy_companions(source.path, out.staging)
-        if not set(names) & set(checkpoint.TOKENIZER_FILES):
-            print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
-        out.commit()
-    return out.path
+    stored = source.tensors()
+    check_tensors(source, stored, f"source_model={config.source_model}")
+    inputs = {"source_model": str(source.path)}
+    with stage.begin(STAGE, VERSION, config, inputs=inputs, resume=True) as out:
+        if not out.done:
+            plan = planned_shards(source, stored, converted, config)
+            _require_space(plan, out)
+            for name in progress(plan, "convert", unit="shard"):
+                if not out.has(name):
+                    shards.write(out.staging / f"{name}.part", plan[name])
+                    out.keep(name)
+            if (source.path / checkpoint.INDEX).is_file():
+                checkpoint.write_json(out.staging / checkpoint.INDEX, index(plan))
+            checkpoint.write_json(out.staging / "config.json", converted)
+            names = checkpoint.copy_companions(source.path, out.staging)
+            if not set(names) & set(checkpoint.TOKENIZER_FILES):
+                print(f"{source.path} has no tokenizer: none is written", file=sys.stderr)
+            out.commit()
+    return out.place if "://" in out.place else out.path
 
 
 def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[str, Any]:
@@ -116,19 +134,89 @@ def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[s
     return converted
 
 
-def tensors(
-    source: checkpoint.Source, converted: dict[str, Any], config: ConvertConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """The original's tensors, then the gates, layer by layer."""
-    import torch
+def check_tensors(source: checkpoint.Source, stored: dict[str, Stored], where: str) -> None:
+    """Prove from the shards' headers that they hold the model that the config describes.
 
-    dtype = None if config.dtype == "keep" else getattr(torch, config.dtype)
-    for name, tensor in checkpoint.read_tensors(source.path):
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    Raises:
+        UserError: a tensor is missing or has another shape, the index lies, or there are quality gates already.
+    """
+    expected = olmoe_shapes(source.config, fused="model.layers.0.mlp.experts.gate_up_proj" in stored)
+    if missing := sorted(set(expected) - set(stored)):
+        raise UserError(
+            f"{where} lacks {len(missing)} of the {len(expected)} tensors of its config, {missing[0]} first"
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(f"{where}: {name} has shape {list(stored[name].shape)}, its config says {list(shape)}")
+    if wrong := source.misplaced(stored):
+        raise UserError(f"{where}: {checkpoint.INDEX} is wrong about {wrong[0]}: make it anew from the shards")
+    if gates := sorted(name for name in stored if ".quality_gate." in name):
+        raise UserError(f"{where} holds {gates[0]}: it was converted before")
+
+
+def olmoe_shapes(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an OLMoE checkpoint must hold.
+
+    Args:
+        config: its `config.json`.
+        fused: the experts of a layer in two tensors, not three per expert.
+    """
+    from transformers import OlmoeConfig
+
+    c = OlmoeConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    hidden, inner, experts = c.hidden_size, c.intermediate_size, c.num_experts
+    narrow = hidden // c.num_attention_heads * c.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, hidden)
+    layer: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}
+    for name, size in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden)):
+        layer[f"self_attn.{name}_proj.weight"] = (size, hidden)
+        if c.attention_bias:
+            layer[f"self_attn.{name}_proj.bias"] = (size,)
+    if config.get("qk_norm", True):
+        layer |= {"self_attn.q_norm.weight": (hidden,), "self_attn.k_norm.weight": (narrow,)}
+    layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    if fused:
+        layer["mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+        layer["mlp.experts.down_proj"] = (experts, hidden, inner)
+    for n in range(0 if fused else experts):
+        up, down = (inner, hidden), (hidden, inner)
+        layer |= {f"mlp.experts.{n}.{name}_proj.weight": up for name in ("gate", "up")}
+        layer[f"mlp.experts.{n}.down_proj.weight"] = down
+    for number in range(c.num_hidden_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def planned_shards(
+    source: checkpoint.Source, stored: dict[str, Stored], converted: dict[str, Any], config: ConvertConfig
+) -> dict[str, list[Planned]]:
+    """What every shard of the result holds: that of the same name in the source, and in the last one the gates too."""
+    plan: dict[str, list[Planned]] = {path.name: [] for path in source.shards}
+    for name, tensor in stored.items():
+        keep = config.dtype == "keep"
+        plan[tensor.path.name].append(shards.copied(name, tensor) if keep else shards.cast(name, tensor, config.dtype))
     for layer in range(int(converted["num_hidden_layers"])):
-        weight, bias = initial_gate(layer, converted, config.seed)
-        yield gate_name(layer, "weight"), weight
-        yield gate_name(layer, "bias"), bias
+        for kind, gate in zip(("weight", "bias"), initial_gate(layer, converted, config.seed), strict=True):
+            plan[source.shards[-1].name].append(shards.given(gate_name(layer, kind), gate))
+    return {name: shards.aligned(tensors) for name, tensors in plan.items()}
+
+
+def index(plan: dict[str, list[Planned]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json`."""
+    weight_map = {tensor.name: name for name, tensors in plan.items() for tensor in tensors}
+    total = sum(tensor.size for tensors in plan.values() for tensor in tensors)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _require_space(plan: dict[str, list[Planned]], out: stage.Output) -> None:
+    sizes = [shards.file_size(tensors) for name, tensors in plan.items() if not out.has(name)]
+    needed = max(sizes, default=0) if "://" in out.place else sum(sizes)
+    free = shutil.disk_usage(out.staging).free
+    if needed > free:
+        raise Unavailable(f"{out.staging} has {free / 1e9:.1f} GB left, the checkpoint takes {needed / 1e9:.1f} GB")
 
 
 def gate_name(layer: int, kind: str) -> str:

@@ -96,6 +96,7 @@ def write_manifest(
     environment: dict[str, Any],
     created: str,
     bookkeeping: Iterable[str] = (),
+    elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
     """Describe the files of `directory` and write its manifest, atomically and last.
 
@@ -109,16 +110,20 @@ def write_manifest(
         environment: versions, seconds, memory; not part of the identity.
         created: ISO 8601 time.
         bookkeeping: globs of files that do not belong to the identity (``result: false``).
+        elsewhere: name -> ``{"bytes", "sha256"}`` of files that belong to the output, but lie where it is to go already.
 
     Returns:
         The manifest, with identity and checksum.
     """
     globs = tuple(bookkeeping)
-    files = []
+    found = {name: dict(entry) for name, entry in (elsewhere or {}).items()}
     for path in own_files(directory):
         name = path.relative_to(directory).as_posix()
+        found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    files = []
+    for name in sorted(found, key=Path):
         result = not any(fnmatch.fnmatch(name, pattern) for pattern in globs)
-        files.append({"path": name, "bytes": path.stat().st_size, "sha256": sha256_file(path), "result": result})
+        files.append({"path": name, **found[name], "result": result})
     manifest = Manifest(SCHEMA, stage, version, config, inputs, files, rows, environment, created)
     manifest = dataclasses.replace(manifest, identity=_identity(manifest))
     manifest = dataclasses.replace(manifest, checksum=_checksum(manifest))

@@ -7,10 +7,9 @@ checkpoints the headers are read, of S3 and MLflow one small object goes there a
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -19,6 +18,7 @@ from selectmoe.errors import Unavailable, UserError
 from selectmoe.estimate import Model, Pool
 from selectmoe.journal import enabled
 from selectmoe.selection import CLUSTERED
+from selectmoe.shards import read_header
 from selectmoe.storage import QUICK, S3Store
 
 if TYPE_CHECKING:
@@ -275,21 +275,4 @@ def read_model(source: Source, headers: bool = True) -> Model:
 
 def count_parameters(file: Path) -> int:
     """Number of parameters in a safetensors file, from its header, which also says how long the file must be."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(min(length, size)))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = 8 + length + max(entry["data_offsets"][1] for entry in tensors)
-    except (struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file} is not a safetensors file ({type(error).__name__}): copy it again") from None
-    if size != end:
-        raise UserError(f"{file} has {size} bytes, its header promises {end}: it was not copied whole; copy it again")
-    total = 0
-    for entry in tensors:
-        count = 1
-        for n in entry["shape"]:
-            count *= n
-        total += count
-    return total
+    return sum(math.prod(tensor.shape) for tensor in read_header(file).values())

@@ -122,7 +122,8 @@ def command(name: str, config: StageConfig) -> Iterator[None]:
         yield
         return
     place = Path(config.output_dir).resolve()
-    root = config.work_root or str(place / "logs")
+    remote = config.output_dir.startswith("s3://")
+    root = config.work_root or (f"{config.output_dir.rstrip('/')}/.work" if remote else str(place / "logs"))
     parent, told = "", {journal.ROOT: root}
     if name == "run":
         settings = values(config, "identity", "execution", "input")

@@ -59,6 +59,14 @@ class Output:
         self._work_root = config.work_root
         self._journal: journal.StageJournal | None = None
 
+    def finished(self) -> mf.Manifest | None:
+        """The manifest of what lies there, finished and whole; None where nothing does.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return mf.read_manifest(self.path) if (self.path / mf.NAME).is_file() else None
+
     def announce(self) -> None:
         """Say that the stage begins, where there is an MLflow to be told."""
         run = {"key": self.key, "stage": self.stage, "params": self.roles["identity"], "tags": self._tags()}
@@ -95,6 +103,19 @@ class Output:
         """Commit the numbers so far, so that a restart has them; called before the state that they lead up to."""
         self.work.put_bytes(METRICS, json.dumps(list(self._metrics.values())).encode())
 
+    def has(self, name: str) -> bool:
+        """Whether `keep` has made this file part of the output, here or before a kill."""
+        return (self.staging / name).is_file()
+
+    def keep(self, name: str) -> None:
+        """Make ``NAME.part`` of the staging folder, wholly written and synced, a part of the output that outlives a kill."""
+        (self.staging / f"{name}.part").rename(self.staging / name)
+
+    @property
+    def place(self) -> str:
+        """Where the output goes, as the user named it."""
+        return str(self.path)
+
     def part(self, name: str, *, rows_in: int, rows_out: int, dropped: Mapping[str, int] | None = None) -> None:
         """Give the folder `name` inside the staging folder a manifest of its own."""
         self._write(self.staging / name, rows_in, rows_out, dropped or {}, ())
@@ -115,17 +136,39 @@ class Output:
             dropped: reason -> number; together with `rows_out` it must give `rows_in`.
             bookkeeping: globs of files that are checked but do not belong to the identity.
         """
-        if self._metrics:
-            lines = "".join(json.dumps(m, sort_keys=True) + "\n" for m in self._metrics.values())
-            (self.staging / METRICS).write_text(lines, encoding="utf-8")
+        self._stage_metrics()
         for entry in sorted(self.staging.iterdir()):
             entry.rename(self.path / entry.name)
         self._write(self.path, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS))
         self.work.clear()
         shutil.rmtree(self.path / ".work", ignore_errors=True)
 
+    def abandon(self, existed: bool) -> None:
+        """After a user's mistake nothing is left behind.
+
+        Args:
+            existed: whether the folder was there before.
+        """
+        if (self.path / mf.NAME).is_file():
+            return
+        self.work.clear()
+        shutil.rmtree(self.path / ".work", ignore_errors=True)
+        if not existed and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _stage_metrics(self) -> None:
+        if self._metrics:
+            lines = "".join(json.dumps(m, sort_keys=True) + "\n" for m in self._metrics.values())
+            (self.staging / METRICS).write_text(lines, encoding="utf-8")
+
     def _write(
-        self, directory: Path, rows_in: int, rows_out: int, dropped: Mapping[str, int], globs: tuple[str, ...]
+        self,
+        directory: Path,
+        rows_in: int,
+        rows_out: int,
+        dropped: Mapping[str, int],
+        globs: tuple[str, ...],
+        elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         dropped = {reason: n for reason, n in sorted(dropped.items()) if n}
         if rows_in != rows_out + sum(dropped.values()):
@@ -140,6 +183,7 @@ class Output:
             environment=self._environment(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             bookkeeping=globs,
+            elsewhere=elsewhere,
         )
 
     def _environment(self) -> dict[str, Any]:
@@ -174,7 +218,14 @@ def _entry(value: Any) -> dict[str, str]:
 
 
 @contextmanager
-def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, Any] | None = None) -> Iterator[Output]:
+def begin(
+    stage: str,
+    version: int,
+    config: StageConfig,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+) -> Iterator[Output]:
     """Open the output of a stage.
 
     Of several processes that train together (`selectmoe.distributed`), the first opens it and tells the others what it
@@ -186,6 +237,7 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
         config: the stage's configuration.
         inputs: name -> path, list of paths (in any order), an entry that was made before ({"uri", "identity"}), or an
             empty value (absent).
+        resume: files that were kept (`Output.keep`) outlive a kill, and the output may go to ``s3://``, file by file.
 
     Yields:
         The output; `done` is True where it was finished before from the same inputs and configuration.
@@ -195,15 +247,21 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
     """
     if not config.output_dir or config.output_dir == MISSING:
         raise UserError("output_dir= is missing: name the folder to write")
-    if "://" in config.output_dir:
+    remote = resume and config.output_dir.startswith("s3://")
+    if "://" in config.output_dir and not remote:
         raise UserError(f"output_dir={config.output_dir} must be a folder; work_root= may lie on S3")
     if distributed.alone() and distributed.world() > 1:
         raise UserError(f"{stage} runs in one process, but torchrun started {distributed.world()}: start it without")
-    path = Path(config.output_dir)
     entries = distributed.from_first(lambda: {n: _entry(v) for n, v in (inputs or {}).items() if v})
-    out = Output(path, stage, version, config, entries)
-    existed = path.is_dir()
-    out.done = distributed.from_first(lambda: _open(path, out))
+    out: Output
+    if remote:
+        from selectmoe.stage_s3 import S3Output
+
+        out = S3Output(stage, version, config, entries)
+    else:
+        out = Output(Path(config.output_dir), stage, version, config, entries)
+    existed = out.path.is_dir()
+    out.done = distributed.from_first(lambda: _open(out, resume))
     if out.done:
         yield out
         return
@@ -212,24 +270,24 @@ def begin(stage: str, version: int, config: StageConfig, inputs: Mapping[str, An
     except BaseException as error:
         out.over(error)
         if isinstance(error, UserError) and out.leads:
-            _abandon(path, out, existed)
+            out.abandon(existed)
         raise
     out.over()
     distributed.wait()
 
 
-def _open(path: Path, out: Output) -> bool:
+def _open(out: Output, resume: bool) -> bool:
     """Prepare the folder and say that the stage begins; True where its output is there already."""
-    if (path / mf.NAME).is_file():
-        _same_work(path, out)
+    found = out.finished()
+    if found is not None:
+        _same_work(out, found)
         return True
-    _prepare(path, out)
+    _prepare(out.path, out, resume)
     out.announce()
     return False
 
 
-def _same_work(path: Path, out: Output) -> None:
-    found = mf.read_manifest(path)
+def _same_work(out: Output, found: mf.Manifest) -> None:
     if found.key == out.key:
         return
     ours = {"stage": out.stage, "version": out.version, **flatten(out.roles["identity"])}
@@ -241,11 +299,11 @@ def _same_work(path: Path, out: Output) -> None:
         for k in sorted(ours | theirs)
         if ours.get(k) != theirs.get(k)
     ]
-    raise UserError(f"{path} holds another run's output ({'; '.join(differs[:3])}): choose another output_dir")
+    raise UserError(f"{out.place} holds another run's output ({'; '.join(differs[:3])}): choose another output_dir")
 
 
-def _prepare(path: Path, out: Output) -> None:
-    """An empty staging folder in an output folder that holds nothing of anybody else's."""
+def _prepare(path: Path, out: Output, resume: bool) -> None:
+    """A staging folder in an output folder that holds nothing of anybody else's."""
     mark = path / ".work" / "key"
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
@@ -254,21 +312,18 @@ def _prepare(path: Path, out: Output) -> None:
         raise UserError(
             f"output_dir {path} holds {left[0].name}, which is not a finished output: choose another folder"
         )
-    for entry in left:  # moved into place by a commit that was killed before its manifest
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    shutil.rmtree(out.staging, ignore_errors=True)
+    resume = resume and mark.is_file() and mark.read_text() == out.key
+    if not resume:
+        shutil.rmtree(out.staging, ignore_errors=True)
     try:
-        out.staging.mkdir(parents=True)
+        out.staging.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, PermissionError) as error:
         raise UserError(f"output_dir {path} cannot be made: {error.strerror}; choose a folder you may write") from None
+    for entry in left:  # moved into place by a commit that was killed before its manifest
+        if resume:
+            entry.rename(out.staging / entry.name)
+        else:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for entry in out.staging.glob("*.part"):  # what was being written
+        entry.unlink()
     LocalStore(path / ".work").put_bytes("key", out.key.encode())
-
-
-def _abandon(path: Path, out: Output, existed: bool) -> None:
-    """After a user's mistake nothing is left behind."""
-    if (path / mf.NAME).is_file():
-        return
-    out.work.clear()
-    shutil.rmtree(path / ".work", ignore_errors=True)
-    if not existed and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()

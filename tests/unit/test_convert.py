@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from selectmoe import checkpoint, convert
+from selectmoe import cache, checkpoint, convert, shards
 from selectmoe.config import load
-from selectmoe.errors import UserError
+from selectmoe.errors import Unavailable, UserError
 from selectmoe.manifest import read_manifest
 from selectmoe.modeling import OriginalOlmoe, SelectMoeForCausalLM, realign
+from selectmoe.storage import S3Store
 
 WORDS = ["<eos>", "<pad>", "<unk>", "the", "is", "of", "and", "to", "it", "in", "a", "."]
 
@@ -90,17 +96,176 @@ def test_spec7_15_every_tensor_keeps_bits_and_dtype_and_the_tokenizer_comes_alon
         assert torch.equal(ours, theirs.float())
 
 
-def test_shards_stay_bounded_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = olmoe(tmp_path / "olmoe")
-    real, sizes = checkpoint.write_tensors, 8_000
-    monkeypatch.setattr(checkpoint, "write_tensors", lambda directory, tensors: real(directory, tensors, sizes))
+def sharded(path: Path, **options: Any) -> Path:
+    """The same checkpoint in several shards."""
+    source = olmoe(path, **options)
+    OlmoeForCausalLM.from_pretrained(source).save_pretrained(source, max_shard_size=8_000)
+    (source / "model.safetensors").unlink()
+    assert len(list(source.glob("*.safetensors"))) > 3
+    return source
+
+
+def test_shards_keep_their_names_and_the_result_is_the_source_and_the_gates(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "olmoe")
     out = convert.run(config(source, tmp_path / "out"))
-    shards = sorted(out.glob("*.safetensors"))
-    assert len(shards) > 2
-    assert max(p.stat().st_size for p in shards) < 2 * sizes
+    before, after = (sorted(path.glob("*.safetensors")) for path in (source, out))
+    assert [p.name for p in before] == [p.name for p in after]
+    grown = [b.stat().st_size - a.stat().st_size for a, b in zip(before, after, strict=True)]
+    gates = 2 * (16 + 1) * 4
+    assert all(abs(size) < 64 for size in grown[:-1])  # the padding of a header
+    assert gates <= grown[-1] < gates + 600
+    total = [json.loads((path / checkpoint.INDEX).read_text())["metadata"]["total_size"] for path in (source, out)]
+    assert total[1] - total[0] == gates
     ids = torch.tensor([[3, 4]])
     want = OlmoeForCausalLM.from_pretrained(source)(ids).logits
     torch.testing.assert_close(SelectMoeForCausalLM.from_pretrained(out)(ids).logits, want)
+
+
+def killed_in_shard(number: int, settings: convert.ConvertConfig) -> None:
+    """Convert in another process, which dies by SIGKILL while it writes the shard of this number."""
+    child = os.fork()
+    if not child:
+        real, count = shards.write, iter(range(100))
+
+        def write(path: Path, tensors: list[shards.Planned]) -> None:
+            if next(count) == number:
+                path.write_bytes(b"half a shard")
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, tensors)
+
+        shards.write = write
+        try:
+            convert.run(settings)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_a_killed_conversion_goes_on_after_the_last_whole_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sharded(tmp_path / "olmoe")
+    whole = convert.run(config(source, tmp_path / "whole"))
+    settings = config(source, tmp_path / "out")
+    killed_in_shard(2, settings)
+    written: list[str] = []
+    real = shards.write
+    monkeypatch.setattr(shards, "write", lambda path, tensors: (written.append(path.name), real(path, tensors)))
+    out = convert.run(settings)
+    names = sorted(p.name for p in source.glob("*.safetensors"))
+    assert written == [f"{name}.part" for name in names[2:]]
+    assert read_manifest(out).identity == read_manifest(whole).identity
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+    # Killed while the finished files were moved into place: they are moved back, not made again.
+    (out / "manifest.json").rename(out / "manifest.json.part")
+    staging = out / ".work" / "staging"
+    staging.mkdir(parents=True)
+    (out / names[-1]).rename(staging / names[-1])
+    (out / ".work" / "key").write_text(read_manifest(whole).key)
+    written.clear()
+    assert read_manifest(convert.run(settings)).identity == read_manifest(whole).identity
+    assert written == []
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_from_s3_straight_to_s3_one_shard_at_a_time(tmp_path: Path, s3: Any) -> None:
+    source = sharded(tmp_path / "olmoe")
+    local = convert.run(config(source, tmp_path / "local"))
+    cache.store(source, "s3://bucket/from/olmoe")
+    settings = config("s3://bucket/from/olmoe", Path("unread"))
+    settings.output_dir = "s3://bucket/to/judge"
+    killed_in_shard(2, settings)
+    names = sorted(p.name for p in source.glob("*.safetensors"))
+    store = S3Store("s3://bucket/to/judge")
+    assert {n for n in store.names() if not n.startswith(".work/")} == set(names[:2])
+    s3.seen.clear()
+    assert convert.run(settings) == "s3://bucket/to/judge"
+    sent = [path.rpartition("/")[2] for _, path, _, _ in s3.requests("PUT")]
+    assert [name for name in sent if name.endswith(".safetensors")] == names[2:]
+    assert not (cache.root() / "outgoing").exists() or not list((cache.root() / "outgoing").iterdir())
+    assert not [name for name in store.names() if name.startswith(".work/")]
+    brought, reference = cache.resolve_model("s3://bucket/to/judge")
+    assert reference.digest == read_manifest(local).identity
+    assert SelectMoeForCausalLM.from_pretrained(brought).config.model_type == "select_moe"
+
+    s3.seen.clear()
+    assert convert.run(settings) == "s3://bucket/to/judge"
+    assert s3.requests("PUT") == []
+    settings.seed = 1
+    with pytest.raises(UserError, match="s3://bucket/to/judge holds another run's output"):
+        convert.run(settings)
+    settings.output_dir = "s3://bucket/from"
+    with pytest.raises(UserError, match=r"s3://bucket/from holds olmoe/.*not a finished output"):
+        convert.run(settings)
+
+
+def test_a_mistake_found_late_leaves_nothing_on_s3(tmp_path: Path, s3: Any) -> None:
+    source = sharded(tmp_path / "olmoe")
+    last = sorted(source.glob("*.safetensors"))[-1]
+    tensors = load_file(last)
+    tensors[sorted(tensors)[-1]][0] = 1e6
+    save_file(tensors, last, metadata={"format": "pt"})
+    settings = config(source, Path("unread"), dtype="float16")
+    settings.output_dir = "s3://bucket/late"
+    with pytest.raises(UserError, match=r"dtype=float16: the tensor .* holds values that it cannot"):
+        convert.run(settings)
+    assert S3Store("s3://bucket/late").names() == []
+
+
+def test_the_licence_comes_along(tmp_path: Path) -> None:
+    source = olmoe(tmp_path / "olmoe")
+    for name in ("LICENSE", "NOTICE.txt"):
+        (source / name).write_bytes(b"Apache License\r\n")
+    out = convert.run(config(source, tmp_path / "out"))
+    for name in ("LICENSE", "NOTICE.txt"):
+        assert (out / name).read_bytes() == b"Apache License\r\n"
+
+
+def test_spec7_17_a_checkpoint_that_is_not_the_one_of_its_config_is_refused(tmp_path: Path) -> None:
+    source = olmoe(tmp_path / "olmoe")
+    weights = source / "model.safetensors"
+    whole = load_file(weights)
+
+    def refused(tensors: dict[str, torch.Tensor], message: str) -> None:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            convert.run(config(source, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    refused({"a": torch.zeros(1)}, r"lacks \d+ of the \d+ tensors of its config, lm_head.weight first")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    refused({n: t for n, t in whole.items() if n != name}, f"lacks 1 of the .*{name}")
+    refused(
+        whole | {name: whole[name].T.contiguous()}, r"up_proj.weight has shape \[16, 8\], its config says \[8, 16\]"
+    )
+    refused(whole | {convert.gate_name(0, "bias"): torch.zeros(1)}, "it was converted before")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="was not copied whole"):
+        convert.run(config(source, tmp_path / "out"))
+    several = sharded(tmp_path / "several")
+    index = json.loads((several / checkpoint.INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    (several / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"is wrong about model\.norm\.weight"):
+        convert.run(config(several, tmp_path / "out"))
+
+
+def test_a_full_disk_is_said_and_the_whole_shards_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sharded(tmp_path / "olmoe")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(Unavailable, match="GB left, the checkpoint takes"):
+        convert.run(config(source, tmp_path / "out"))
+    monkeypatch.undo()
+
+    def full(file: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards, "_all", full)
+    with pytest.raises(Unavailable, match=r"No space left on device.*goes on from here"):
+        convert.run(config(source, tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_spec7_06_gates_are_as_asked_seeded_per_layer_and_the_config_says_so(tmp_path: Path) -> None:
@@ -146,8 +311,10 @@ def test_same_work_same_identity_anywhere_and_a_second_run_does_nothing(tmp_path
 
 
 def test_dtype_is_cast_only_when_asked(tmp_path: Path) -> None:
-    out = convert.run(config(olmoe(tmp_path / "olmoe"), tmp_path / "out", dtype="bfloat16"))
+    source = olmoe(tmp_path / "olmoe")
+    out = convert.run(config(source, tmp_path / "out", dtype="bfloat16"))
     tensors = dict(checkpoint.read_tensors(out))
+    assert all(torch.equal(tensors[n], t.bfloat16()) for n, t in checkpoint.read_tensors(source))
     assert {t.dtype for name, t in tensors.items() if "quality_gate" not in name} == {torch.bfloat16}
     assert SelectMoeForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
