@@ -1,0 +1,105 @@
+"""The chart, rendered by the real helm, once for each combination of values. No command; the tests here use it.
+
+`helm install --dry-run=client` asks no cluster, and gives manifests, hooks and notes in one go.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from manifests import Doc, parse
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHART = ROOT / "helm" / "select-moe"
+BIN = ROOT / ".venv" / "bin"
+HELM, KUBECTL = str(BIN / "helm"), str(BIN / "kubectl")
+COMBINATIONS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "combinations.yaml").read_text())
+RELEASE, NAMESPACE = "demo", "research"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What one combination gives."""
+
+    name: str
+    release: str
+    namespace: str
+    docs: list[Doc]
+    """Manifests and hooks."""
+    text: str
+    notes: str
+    values: dict[str, Any]
+    """Everything that it was rendered with, the chart's defaults included."""
+
+
+def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run helm or kubectl; its output is text."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done
+
+
+@contextmanager
+def values_file(values: dict[str, Any]) -> Iterator[str]:
+    """A file with these values."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file, sort_keys=False)
+        file.flush()
+        yield file.name
+
+
+def files(combination: dict[str, Any]) -> list[str]:
+    """The options that name a combination's files."""
+    return [word for name in combination.get("files", []) for word in ("--values", str(CHART / name))]
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """The chart's values.yaml."""
+    given: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    return given
+
+
+def merged(below: Any, above: Any) -> Any:
+    """Values over values, as helm lays them: mappings together, everything else replaced."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        both = {key: merged(below[key], above[key]) for key in below if key in above}
+        return {**below, **above, **both}
+    return above
+
+
+def install(release: str, namespace: str, options: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    """What an install would do, as JSON."""
+    words = [HELM, "install", release, str(CHART), "--namespace", namespace, "--dry-run=client", "-o", "json"]
+    return run(*words, *options, check=check)
+
+
+@functools.cache
+def render(name: str) -> Rendering:
+    """A combination's rendering, made once in a process."""
+    combination = COMBINATIONS[name]
+    release, namespace = combination.get("release", RELEASE), combination.get("namespace", NAMESPACE)
+    with values_file(combination.get("values", {})) as above:
+        done = json.loads(install(release, namespace, [*files(combination), "--values", above]).stdout)
+    text = "---\n".join([done["manifest"].lstrip("-\n"), *(hook["manifest"] + "\n" for hook in done.get("hooks", []))])
+    values = defaults()
+    for file in combination.get("files", []):
+        values = merged(values, yaml.safe_load((CHART / file).read_text(encoding="utf-8")))
+    values = merged(values, combination.get("values", {}))
+    return Rendering(name, release, namespace, parse(text), text, done["info"]["notes"], values)
+
+
+def changed(values: dict[str, Any]) -> list[Doc]:
+    """The documents for some values over the defaults."""
+    with values_file(values) as above:
+        done = json.loads(install(RELEASE, NAMESPACE, ["--values", above]).stdout)
+    return parse("\n---\n".join([done["manifest"], *(hook["manifest"] for hook in done.get("hooks", []))]))
