@@ -95,7 +95,7 @@ def render(name: str) -> Rendering:
     for file in combination.get("files", []):
         values = merged(values, yaml.safe_load((CHART / file).read_text(encoding="utf-8")))
     values = merged(values, combination.get("values", {}))
-    return Rendering(name, release, namespace, parse(text), text, done["info"]["notes"], values)
+    return Rendering(name, release, namespace, parse(text), text, done["info"].get("notes", ""), values)
 
 
 def changed(values: dict[str, Any]) -> list[Doc]:

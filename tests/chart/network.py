@@ -1,6 +1,6 @@
 """What NetworkPolicies let through: a small simulator of their semantics, and the rules that use it.
 
-No command; test_network.py breaks each rule once. A connection needs both ends: the client's policies must let it out
+No command; test_rules.py breaks each rule once. A connection needs both ends: the client's policies must let it out
 (egress), the server's in (ingress). A pod that no policy selects for a direction is open in it; one that some select may
 do what any of them allows.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from manifests import Doc, Pod, matches, named, pods, title
 from wiring import PROFILE, configs
 
-HERE = "release"
-"""The namespace of the rendering, by its label kubernetes.io/metadata.name."""
+HERE = "research"
+"""The release's namespace, unless told otherwise: not that of Kubeflow Pipelines."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class End:
     """One end of a connection: a pod, or an address outside the cluster."""
 
     labels: dict[str, str] = field(default_factory=dict)
-    namespace: str = HERE
+    namespace: str = ""
+    """Its namespace; empty: the release's."""
     address: str = ""
     """An IP address outside; empty: a pod."""
     ports: dict[str, int] = field(default_factory=dict)
@@ -48,28 +49,28 @@ def types(policy: Doc) -> set[str]:
     return set(spec.get("policyTypes") or ["Ingress", *(["Egress"] if "egress" in spec else [])])
 
 
-def allows(docs: Iterable[Doc], client: End, server: End, port: int, protocol: str = "TCP") -> bool:
+def allows(docs: Iterable[Doc], client: End, server: End, port: int, protocol: str = "TCP", here: str = HERE) -> bool:
     """Whether the policies of a rendering let a connection be made."""
     policies = list(named(docs, "NetworkPolicy"))
     for direction, own, peer in (("Egress", client, server), ("Ingress", server, client)):
-        if own.address or own.namespace != HERE:
+        if own.address or own.namespace not in ("", here):
             continue  # nothing of ours decides there
         selecting = [p for p in policies if direction in types(p) and matches(p["spec"]["podSelector"], own.labels)]
         rules = [rule for p in selecting for rule in p["spec"].get(direction.lower()) or []]
-        if selecting and not any(_rule(rule, direction, peer, server, port, protocol) for rule in rules):
+        if selecting and not any(_rule(rule, direction, peer, server, port, protocol, here) for rule in rules):
             return False
     return True
 
 
-def _rule(rule: Doc, direction: str, peer: End, server: End, port: int, protocol: str) -> bool:
+def _rule(rule: Doc, direction: str, peer: End, server: End, port: int, protocol: str, here: str) -> bool:
     peers = rule.get("to" if direction == "Egress" else "from")
     ports = rule.get("ports")
-    return (not peers or any(_peer(one, peer) for one in peers)) and (
+    return (not peers or any(_peer(one, peer, here) for one in peers)) and (
         not ports or any(_port(one, server, port, protocol) for one in ports)
     )
 
 
-def _peer(one: Doc, peer: End) -> bool:
+def _peer(one: Doc, peer: End, here: str) -> bool:
     if block := one.get("ipBlock"):
         address = peer.address and ipaddress.ip_address(peer.address)
         return (
@@ -80,8 +81,8 @@ def _peer(one: Doc, peer: End) -> bool:
     if peer.address:
         return False
     spaces = one.get("namespaceSelector")
-    named_so = {"kubernetes.io/metadata.name": peer.namespace}
-    if not (matches(spaces, named_so) if spaces is not None else peer.namespace == HERE):
+    named_so = {"kubernetes.io/metadata.name": peer.namespace or here}
+    if not (matches(spaces, named_so) if spaces is not None else peer.namespace in ("", here)):
         return False
     return "podSelector" not in one or matches(one["podSelector"], peer.labels)
 
@@ -98,7 +99,7 @@ def _port(one: Doc, server: End, port: int, protocol: str) -> bool:
     return number is None or number == port or number < port <= one.get("endPort", -1)
 
 
-STRANGER = End({"app": "stranger"})
+STRANGERS = {"any pod of the namespace": End({"app": "stranger"}), "any pod of the cluster": End(namespace="stranger")}
 OUTSIDE = End(address="203.0.113.7")
 DNS = End({"k8s-app": "kube-dns"}, namespace="kube-system")
 
@@ -132,8 +133,9 @@ def strangers(docs: list[Doc]) -> Iterator[str]:
     for pod in pods(docs):
         own = end(pod)
         for name, port in own.ports.items():
-            if allows(docs, STRANGER, own, port):
-                yield f"{pod.title}: any pod of the namespace reaches port {name}"
+            for who, stranger in STRANGERS.items():
+                if allows(docs, stranger, own, port):
+                    yield f"{pod.title}: {who} reaches port {name}"
         if not allows(docs, own, DNS, 53, "UDP") or not allows(docs, own, DNS, 53):
             yield f"{pod.title}: cannot ask for names"
 

@@ -1,6 +1,6 @@
 """Rules about every object: labels, names, namespaces, empty values, doubles, environment variables.
 
-No command; test_objects.py breaks each rule once.
+No command; test_rules.py breaks each rule once.
 """
 
 from __future__ import annotations

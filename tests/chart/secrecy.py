@@ -1,6 +1,6 @@
 """Rules about what must not be readable: passwords in manifests, in values, in what helm prints.
 
-No command; test_secrecy.py breaks each rule once.
+No command; test_rules.py breaks each rule once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 from manifests import Doc, pods, title, walk
 
-PASSWORD = re.compile(r"(?i)(passw(or)?d|(?<!existing)secret|token|credential|(access|secret|private|api)[_-]?key)s?$")
-"""Names of values that would hold one; `existingSecret`, `passwordKey` and the like say where one is."""
+PASSWORD = re.compile(
+    r"(?i)(passw(or)?d|(?<!existing)(?<!tls)secret|token|credential|(access|secret|private|api)[_-]?key)s?$"
+)
+"""Names of values that would hold one; `existingSecret`, `tlsSecret`, `passwordKey` and the like say where one is."""
 VARIABLE = re.compile(r"PASSW|SECRET_KEY|SECRET_ACCESS|ACCESS_KEY|TOKEN$|CREDENTIAL")
 LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@")
-WORD = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
-HARMLESS = re.compile(r"(?:[0-9a-f]{64}|[a-z0-9]+(?:[-_/.=][A-Za-z0-9]+)+|[a-z_]+|[A-Z_]+|(?:[A-Z]?[a-z]+)+)")
-"""Digests, paths, names of several words."""
+WORD = re.compile(r"[A-Za-z0-9+/]{20,}")
+HARMLESS = re.compile(r"[0-9a-f]{64}|([A-Za-z0-9]{0,12}/)*[A-Za-z0-9]{0,12}")
+"""Digests and paths."""
 
 
 def entropy(text: str) -> float:

@@ -1,6 +1,6 @@
 """Rules about an upgrade from one rendering to another: what an API server would refuse, and what would lose data.
 
-No command; test_upgrade.py breaks each rule once and compares the chart with its last released rendering.
+No command; test_rules.py breaks each rule once, test_upgrade.py compares the chart with its last released rendering.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def left_behind(docs: list[Doc]) -> Iterator[str]:
 
 
 def kept(docs: list[Doc]) -> Iterator[str]:
-    """Claims are kept over an uninstall; nothing else is."""
+    """Claims are kept over an uninstall, unless what is on them is temporary; nothing else is."""
     for doc in docs:
         is_kept = annotations(doc).get(KEPT) == "keep"
-        if doc["kind"] == "PersistentVolumeClaim" and not is_kept:
+        is_temporary = doc["metadata"]["name"].endswith("-scratch")
+        if doc["kind"] == "PersistentVolumeClaim" and not is_kept and not is_temporary:
             yield f"{title(doc)}: {KEPT}: keep is missing"
         if is_kept and doc["kind"] not in ("PersistentVolumeClaim", "Secret"):
             yield f"{title(doc)}: is kept, and holds no data"

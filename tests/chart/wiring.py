@@ -1,6 +1,6 @@
 """Rules about what refers to what: selectors and pods, Services and ports, names of ConfigMaps, Secrets, claims, accounts.
 
-No command; test_wiring.py breaks each rule once. What a rendering refers to is rendered too, made by the chart's
+No command; test_rules.py breaks each rule once. What a rendering refers to is rendered too, made by the chart's
 `secrets` Job (its specification is part of the rendering), or brought by the user, who then names it in the values.
 """
 
@@ -16,7 +16,14 @@ SPEC = "secrets.yaml"
 """Key of the ConfigMap that the `secrets` Job reads."""
 PROFILE = "profile.yaml"
 """Key of the ConfigMap that holds the pipeline's site profile."""
-BRING = {"existingSecret": "Secret", "existingClaim": "PersistentVolumeClaim", "imagePullSecrets": "Secret"}
+BRING = {
+    "existingSecret": "Secret",
+    "existingConfigMap": "ConfigMap",
+    "existingClaim": "PersistentVolumeClaim",
+    "imagePullSecrets": "Secret",
+}
+ELSEWHERE = ("pipeline", "extra")
+"""Components whose objects are used by pods that Kubeflow Pipelines starts, or that the user knows about."""
 GIVEN = {("ConfigMap", "kube-root-ca.crt"), ("ServiceAccount", "default")}
 """In every namespace."""
 
@@ -44,9 +51,9 @@ def brought(values: Any) -> set[tuple[str, str]]:
             if key == "serviceAccount" and isinstance(value, dict) and not value.get("create", True):
                 found.add(("ServiceAccount", value.get("name") or "default"))
             found |= brought(value)
-        for secret in values.get("secrets") or []:
-            if isinstance(secret, dict) and "env" in secret:  # of the profile
-                found.add(("Secret", secret["name"]))
+        secrets = values.get("secrets")
+        further = [*(secrets if isinstance(secrets, list) else []), values.get("webhook")]  # of the profile
+        found |= {("Secret", secret["name"]) for secret in further if secret}
     elif isinstance(values, list):
         for item in values:
             found |= brought(item)
@@ -132,6 +139,8 @@ def unused(docs: list[Doc]) -> Iterator[str]:
         used |= {(subject["kind"], subject["name"]) for subject in binding.get("subjects") or []}
     for doc in docs:
         kinds = ("ConfigMap", "PersistentVolumeClaim", "ServiceAccount")
+        if labels(doc).get("app.kubernetes.io/component") in ELSEWHERE:
+            continue
         if doc["kind"] in kinds and (doc["kind"], doc["metadata"]["name"]) not in used:
             yield f"{title(doc)}: nobody uses it"
 

@@ -1,6 +1,6 @@
 """Rules about what runs: requests and limits, probes, disruption budgets, jobs' ends, file systems, checksums.
 
-No command; test_workloads.py breaks each rule once.
+No command; test_rules.py breaks each rule once.
 """
 
 from __future__ import annotations
