@@ -83,6 +83,12 @@ def install(release: str, namespace: str, options: list[str], check: bool = True
     return run(*words, *options, check=check)
 
 
+def as_text(release: dict[str, Any]) -> str:
+    """Manifests and hooks of a release as one stream, with the template of each as helm template writes it."""
+    hooks = [f"# Source: {hook['path']}\n{hook['manifest']}\n" for hook in release.get("hooks", [])]
+    return "---\n".join([release["manifest"].lstrip("-\n"), *hooks])
+
+
 @functools.cache
 def render(name: str) -> Rendering:
     """A combination's rendering, made once in a process."""
@@ -90,7 +96,7 @@ def render(name: str) -> Rendering:
     release, namespace = combination.get("release", RELEASE), combination.get("namespace", NAMESPACE)
     with values_file(combination.get("values", {})) as above:
         done = json.loads(install(release, namespace, [*files(combination), "--values", above]).stdout)
-    text = "---\n".join([done["manifest"].lstrip("-\n"), *(hook["manifest"] + "\n" for hook in done.get("hooks", []))])
+    text = as_text(done)
     values = defaults()
     for file in combination.get("files", []):
         values = merged(values, yaml.safe_load((CHART / file).read_text(encoding="utf-8")))
@@ -102,4 +108,4 @@ def changed(values: dict[str, Any]) -> list[Doc]:
     """The documents for some values over the defaults."""
     with values_file(values) as above:
         done = json.loads(install(RELEASE, NAMESPACE, ["--values", above]).stdout)
-    return parse("\n---\n".join([done["manifest"], *(hook["manifest"] for hook in done.get("hooks", []))]))
+    return parse(as_text(done))

@@ -59,8 +59,8 @@ def manifests(docs: Iterable[Doc]) -> Iterator[str]:
 def values(given: Any) -> Iterator[str]:
     """No value is a password: what is about one names a Secret or a key of it, or is a switch."""
     for path, value in walk(given):
-        name = path.rsplit(".", 1)[-1]
-        if PASSWORD.search(name) and isinstance(value, str):
+        parent, _, name = path.rpartition(".")
+        if PASSWORD.search(name) and isinstance(value, str) and not parent.endswith(".env"):  # variable: key
             yield f"{path}: looks like a place for a password"
         if isinstance(value, str):
             for finding in material(value):
