@@ -104,8 +104,14 @@ def render(name: str) -> Rendering:
     return Rendering(name, release, namespace, parse(text), text, done["info"].get("notes", ""), values)
 
 
+def install_with(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """What an install with some values over the defaults says."""
+    with values_file(values) as above:
+        return install(RELEASE, NAMESPACE, ["--values", above], check=False)
+
+
 def changed(values: dict[str, Any]) -> list[Doc]:
     """The documents for some values over the defaults."""
-    with values_file(values) as above:
-        done = json.loads(install(RELEASE, NAMESPACE, ["--values", above]).stdout)
-    return parse(as_text(done))
+    done = install_with(values)
+    assert done.returncode == 0, done.stderr
+    return parse(as_text(json.loads(done.stdout)))
