@@ -1,7 +1,8 @@
 """The commands of README and docs: pytest tests/docs
 
 Blocks marked `bash` or `python` are run. Blocks marked `bash long`, `bash cluster` or `bash image` are checked: every make
-target, every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`.
+target, every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`; what
+`bash cluster` has of helm and kubectl is rendered and looked up by `make chart-test` (tests/chart/test_docs.py).
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from k8s.kind import COMMANDS
 from pipelines.submit import FLAGS, Options
 from selectmoe.cli import STAGES, TOOLS, config_class
 from selectmoe.config import leaves
@@ -38,7 +40,8 @@ def test_block(kind: str, text: str) -> None:
         subprocess.run([*RUN[kind], text], cwd=ROOT, env=environment, check=True, timeout=60)
         return
     for line in filter(None, (line.strip() for line in text.splitlines())):
-        check_names(shlex.split(line, comments=True))
+        if words := shlex.split(line, comments=True):
+            check_names(words)
 
 
 def check_names(words: list[str]) -> None:
@@ -50,6 +53,13 @@ def check_names(words: list[str]) -> None:
             assert re.search(pattern, makefile, re.MULTILINE), f"make {word}"
             if name == "ARGS":
                 own = word.split("=", 1)[1].split()
+                _, _, keys = COMMANDS.get(words[1].removeprefix("kind-"), (None, None, ("file", "check")))
+                if words[1].startswith("kind-") and keys is None:
+                    check_submitted(own)
+                    continue
+                if words[1].startswith(("kind-", "images-")):
+                    assert {item.split("=", 1)[0] for item in own} <= set(keys or ()), word
+                    continue
                 check_keys("run", [item for item in own if not item.startswith(("runner=", "image=", "--"))])
     elif words[:2] == ["docker", "run"]:
         if "selectmoe" in words:
@@ -63,13 +73,25 @@ def check_names(words: list[str]) -> None:
         assert words[at + 1] in ("warmup", "finetune")
         check_keys(words[at + 1], words[at + 2 :])
     elif words[:4] == ["python", "-m", "pipelines", "submit"]:
-        compiled = next(yaml.safe_load_all((ROOT / "pipelines/select_moe/pipeline.yaml").read_text(encoding="utf-8")))
-        known = {field.name for field in dataclasses.fields(Options)} | {*FLAGS}
-        known |= {*compiled["root"]["inputDefinitions"]["parameters"]}
-        for word in words[4:]:
-            assert word.split("=", 1)[0] in known, word
+        check_submitted(words[4:])
+    elif words[0] in FOREIGN:
+        for word in words[1:]:
+            if word.startswith(("helm/", "k8s/")):
+                assert (ROOT / word).exists(), word
     else:
         pytest.fail(f"unknown command: {words[0]}")
+
+
+FOREIGN = ("helm", "kubectl", "docker", "pg_dump", "pg_restore", "rclone")
+"""Programs of others, which our pages name."""
+
+
+def check_submitted(words: list[str]) -> None:
+    compiled = next(yaml.safe_load_all((ROOT / "pipelines/select_moe/pipeline.yaml").read_text(encoding="utf-8")))
+    known = {field.name for field in dataclasses.fields(Options)} | {*FLAGS}
+    known |= {*compiled["root"]["inputDefinitions"]["parameters"]}
+    for word in words:
+        assert word.split("=", 1)[0] in known, word
 
 
 def check_keys(stage: str, overrides: list[str]) -> None:
