@@ -10,9 +10,11 @@ A checkpoint, an artifact or a bucket can name what it likes: nothing is importe
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from selectmoe.errors import UserError
@@ -58,6 +60,12 @@ def get(path: str, key: str) -> Callable[..., Any]:
             f"{key}={path} names code, which runs only where the command line says so: add allow_code=[{path}]"
         )
     return _allowed[path]
+
+
+def source_digest(path: str) -> str:
+    """SHA-256 (hex) of the source file that an import path lies in: what a result depends on; of the path where there is none."""
+    file = getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes() if file else path.encode()).hexdigest()
 
 
 def _imported(path: str, key: str) -> Callable[..., Any]:

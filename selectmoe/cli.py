@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from selectmoe import distributed
 from selectmoe.entry import at_stage, enter
@@ -173,15 +173,24 @@ def _check_keys(overrides: Sequence[str], cls: Any, groups: set[str]) -> None:
 
     refuse_credentials(overrides)
     known = [leaf.name for leaf in leaves(cls)] + sorted(groups)
+    free = _free(cls)
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"{override!r} is not of the form key=value (selectmoe --help)")
         if key in groups:
             _known_preset(value)
-        if key not in known and not any(name.startswith(key + ".") for name in known):
+        inside = any(key.startswith(name + ".") for name in free)
+        if not inside and key not in known and not any(name.startswith(key + ".") for name in known):
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or known[:5]
             raise UserError(f"unknown key {key!r}; nearest known: {', '.join(near)} (--help lists all)")
+
+
+def _free(cls: Any) -> list[str]:
+    """The keys that hold a mapping of names that the configuration class does not know."""
+    from selectmoe.config import leaves
+
+    return [leaf.name for leaf in leaves(cls) if get_origin(leaf.type) is dict]
 
 
 def _known_preset(name: str) -> None:
@@ -190,8 +199,13 @@ def _known_preset(name: str) -> None:
 
 
 def _quoted(overrides: Sequence[str], cls: Any) -> list[str]:
-    """Quote a string for Hydra's grammar where it would not take it bare, so that any path can be typed as it is."""
+    """Quote a string for Hydra's grammar where it would not take it bare, so that any path can be typed as it is.
+
+    What lies in a free mapping is new to Hydra: `++` says that it may be.
+    """
     from selectmoe.config import leaves
+
+    free = _free(cls)
 
     strings = {leaf.name for leaf in leaves(cls) if leaf.type is str}
     out = []
@@ -200,7 +214,7 @@ def _quoted(overrides: Sequence[str], cls: Any) -> list[str]:
         if key in strings and SPECIAL.search(value) and value[0] not in "'\"" and "${" not in value:
             escaped = value.replace("\\", "\\\\").replace("'", "\\'")
             override = f"{key}='{escaped}'"
-        out.append(override)
+        out.append(f"++{override}" if any(f"{key}.".startswith(f"{name}.") for name in free) else override)
     return out
 
 

@@ -69,6 +69,23 @@ def check_launch(stage: str, mode: str) -> None:
         )
 
 
+def check_batch(rows: int, per_device: int) -> None:
+    """Check that every process has something to compute in a step.
+
+    Args:
+        rows: of a step.
+        per_device: of a micro-batch, at most.
+
+    Raises:
+        UserError: there are fewer micro-batches than processes.
+    """
+    if (parts := -(-rows // per_device)) < world():
+        raise UserError(
+            f"training.batch_size={rows} makes {parts} micro-batches of training.per_device_batch_size={per_device} for "
+            f"{world()} processes: raise the one, or lower the other"
+        )
+
+
 @contextmanager
 def together(mode: str) -> Iterator[None]:
     """Train together inside of this; nothing for `single`.
@@ -179,6 +196,15 @@ def add_numbers(numbers: dict[str, float]) -> dict[str, float]:
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
+def collect(items: list[T]) -> list[T]:
+    """These items of every process, in the processes' order."""
+    if _group is None:
+        return items
+    boxes: list[Any] = [None] * world()
+    _group.all_gather_object(boxes, items)
+    return [item for box in boxes for item in box]
+
+
 def copy_first(tensors: Iterable[Tensor]) -> None:
     """Give these tensors the content that they have in process 0, in place."""
     if _group is not None:
@@ -207,3 +233,11 @@ def shard(called: nn.Module, layers: Iterable[str] | None, whole: Iterable[nn.Pa
     ignored = set(whole)
     for module in [*found, called]:
         fully_shard(module, ignored_params=ignored)
+
+
+def put_back(called: nn.Module) -> None:
+    """Give back what the last forward pass of a sharded model put together; nothing where it is not sharded."""
+    for module in called.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()

@@ -26,6 +26,7 @@ from selectmoe.checkpoint import METADATA, resolve
 from selectmoe.device import default_dtype, deterministic, pick_device, require_finite, seed_for, set_threads
 from selectmoe.errors import UserError
 from selectmoe.progress import progress
+from selectmoe.schedule import learning_rate
 from selectmoe.template import Encoded
 
 if TYPE_CHECKING:
@@ -160,13 +161,6 @@ def add_adapters(model: Any, training: TrainingConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
-    """Linear rise over ceil(ratio * steps) steps, then linear decay that would reach 0 one step after the last."""
-    warmup = math.ceil(warmup_ratio * steps)
-    factor = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
-    return peak * factor
 
 
 class Trainer:

@@ -19,7 +19,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNor
 
 from selectmoe.allowed_code import names_code
 from selectmoe.errors import UserError
-from selectmoe.losses import check_loss
+from selectmoe.loss_parameters import check_loss
 
 GATE_MODES = ("observer", "applied")
 TRASH_MODES = ("zero", "noise", "custom")

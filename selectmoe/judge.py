@@ -19,7 +19,7 @@ from selectmoe.batching import cut
 from selectmoe.device import default_dtype, deterministic, pick_device, set_threads
 from selectmoe.modeling import load_judge
 from selectmoe.router_data import TENSORS
-from selectmoe.router_weights import load_router_weights
+from selectmoe.router_weights import check_origin, load_router_weights
 from selectmoe.template import Encoded, encode_answers_only, load_tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Judge:
         device = pick_device()
         model = load_judge(config.selector_model.path, device, default_dtype(device))
         if config.model_checkpoint_path:
+            check_origin(config.model_checkpoint_path, config.selector_model.path)
             load_router_weights(model, config.model_checkpoint_path)
         return cls(model.eval(), load_tokenizer(config.selector_model.path), device, config)
 

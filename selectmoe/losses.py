@@ -8,11 +8,13 @@ Every loss is computed per layer from the raw scores s, with g = sigmoid(s), and
 are those of the attention mask. All are differentiable and finite, with a single valid token too. `sigmoid` and `mse`
 are means; `beta_moment_matching`, `mean_variance_regularization` and `entropy` are *not* linear in the batch: they
 are per micro-batch. The load-balancing loss is transformers' own.
+
+A loss of the user's own is named by its import path, `package.module:callable`, and called per layer with the good ratio
+[B, T] and the valid tokens [B, T] (bool). It is code: it runs only where the command line allows it (`allowed_code`).
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selectmoe import allowed_code
 from selectmoe.errors import UserError
+from selectmoe.loss_parameters import check_loss
 
 BINS = 20
 """Bins of the differentiable histogram on [0, 1] that `entropy` is taken from."""
@@ -104,35 +108,28 @@ def _contrastive(score: Tensor, mask: Tensor, p: Params) -> Tensor:
     return _token_mean(loss, mask & answer.to(mask.device, torch.bool), by_row=True)
 
 
-LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {
-    "sigmoid": (_sigmoid, {"sample_wise_averaging": True}),
-    "mse": (_mse, {"target": 0.0, "sample_wise_averaging": True}),
-    "beta_moment_matching": (
-        _beta_moment_matching,
-        {"beta_target_mean": 0.5, "beta_target_var": 0.05, "w_mean": 1.0, "w_var": 1.0},
-    ),
-    "mean_variance_regularization": (_mean_variance, {"lambda_var": 0.1}),
-    "entropy": (_entropy, {"lambda_entropy": 0.05}),
-    "contrastive": (_contrastive, {}),
+LOSSES: dict[str, Loss] = {
+    "sigmoid": _sigmoid,
+    "mse": _mse,
+    "beta_moment_matching": _beta_moment_matching,
+    "mean_variance_regularization": _mean_variance,
+    "entropy": _entropy,
+    "contrastive": _contrastive,
 }
-"""Every quality loss by its name: the function of one layer, and its parameters with their defaults."""
+"""Every quality loss by its name: the function of one layer. Their parameters: `selectmoe.loss_parameters`."""
 
 
-def check_loss(name: str, params: Params | None = None) -> dict[str, Any]:
-    """The loss's parameters, defaults filled in.
+def _own(path: str) -> Loss:
+    """A loss of the user's own, in the form of ours."""
+    function = allowed_code.get(path, "quality_loss_type")
 
-    Raises:
-        UserError: an unknown name or parameter; the message lists the known ones.
-    """
-    if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"quality_loss_type={name!r} is unknown{hint}; known: {', '.join(LOSSES)}")
-    defaults = LOSSES[name][1]
-    if unknown := sorted(set(params or {}) - set(defaults)):
-        known = ", ".join(defaults) or "none"
-        raise UserError(f"quality_loss_params has the unknown key {unknown[0]!r}; {name} knows: {known}")
-    return {**defaults, **(params or {})}
+    def loss(score: Tensor, mask: Tensor, p: Params) -> Tensor:
+        made = function(torch.sigmoid(score), mask)
+        if not isinstance(made, Tensor) or made.ndim or (score.requires_grad and not made.requires_grad):
+            raise UserError(f"quality_loss_type={path} must give a scalar tensor that has a gradient")
+        return made
+
+    return loss
 
 
 def quality_loss(
@@ -146,7 +143,7 @@ def quality_loss(
     """L_q: the mean over the layers of one quality loss.
 
     Args:
-        name: a key of `LOSSES`.
+        name: a key of `LOSSES`, or the import path of one that is allowed.
         scores: per layer the raw quality scores, [B, T] or [B, T, 1].
         mask: [B, T], non-zero where a token is valid (the attention mask).
         params: parameters of the loss; what is not given has its default.
@@ -160,7 +157,7 @@ def quality_loss(
         UserError: an unknown name or parameter, or `contrastive` without row labels and answer mask.
     """
     given = check_loss(name, params) | {"row_labels": row_labels, "answer_mask": answer_mask}
-    function = LOSSES[name][0]
+    function = LOSSES[name] if name in LOSSES else _own(name)
     valid = mask.to(torch.bool)
     per_layer = [function(score.float().reshape(valid.shape), valid.to(score.device), given) for score in scores]
     return torch.stack([loss.to(per_layer[0].device) for loss in per_layer]).mean()

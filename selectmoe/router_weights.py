@@ -25,8 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from selectmoe import cache
 from selectmoe.checkpoint import METADATA
 from selectmoe.errors import UserError
+from selectmoe.judge_adapters import WEIGHTS as ADAPTER
+from selectmoe.judge_adapters import load_adapters
+from selectmoe.manifest import NAME as MANIFEST
+from selectmoe.manifest import read_manifest
 
 LEGACY = "full_rank_weights.pt"
 NATIVE = "full_rank_weights.safetensors"
@@ -116,18 +121,50 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def adapter_folder(path: Path | str) -> Path | None:
+    """The folder of LoRA adapters that a path names, by itself or by their file; None where it names something else."""
+    folder = Path(path).parent if Path(path).name == ADAPTER else Path(path)
+    whole = any((folder / name).is_file() for name in (NATIVE, LEGACY))
+    return folder if (folder / ADAPTER).is_file() and (folder != Path(path) or not whole) else None
+
+
+def check_origin(path: Path | str, model: str) -> None:
+    """Refuse what `warmup` trained on another checkpoint than this one, by its manifest (a file of the seed has none).
+
+    Args:
+        path: as for `load_router_weights`.
+        model: the checkpoint that it is to go into.
+
+    Raises:
+        UserError: it was trained on another one.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not (folder / MANIFEST).is_file():
+        return
+    trained_on = read_manifest(folder, verify=False).inputs.get("selector_model")
+    if trained_on and trained_on["identity"] != (found := cache.identity_of(model)):
+        raise UserError(
+            f"{path} was trained on another model: {trained_on['uri']} (identity {trained_on['identity'][:12]}), not on "
+            f"{model} ({found[:12]})"
+        )
+
+
 def load_router_weights(model: nn.Module, path: Path | str) -> None:
-    """Put trained router parameters into a model, in the dtype in which they were saved.
+    """Put trained router parameters into a model, in the dtype in which they were saved; adapters are added to its own.
 
     A file without any bias (the seed's) sets the biases to zero, and a line on stderr says so.
 
     Args:
         model: a `SelectMoeForCausalLM`.
-        path: `full_rank_weights.pt`, `full_rank_weights.safetensors`, or the folder that holds one.
+        path: `full_rank_weights.pt`, `full_rank_weights.safetensors`, `adapter_model.safetensors`, or the folder that
+            holds one.
 
     Raises:
         UserError: a tensor is missing or foreign, has another shape, or is not finite. The model is then unchanged.
     """
+    if adapter := adapter_folder(path):
+        load_adapters(model, adapter)
+        return
     tensors = read_router_weights(path)
     wanted = router_parameters(model)
     if not set(tensors) & set(wanted):

@@ -235,10 +235,3 @@ def test_spec7_43_44_any_causal_model_on_a_cpu_and_a_wrong_target_is_named(targe
 def test_values_out_of_range(target, selection, tmp_path, wrong):
     with pytest.raises(UserError):
         config(target, selection, tmp_path, **wrong)
-
-
-def test_learning_rate_rises_and_falls():
-    rates = [finetuning.learning_rate(i, 10, 1.0, 0.2) for i in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[-1] == pytest.approx(1 / 8)
-    assert finetuning.learning_rate(0, 1, 1.0, 0.03) == 1.0

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from selectmoe import allowed_code
 from selectmoe.errors import UserError
-from selectmoe.losses import LOSSES, check_loss, histogram_entropy, quality_loss
+from selectmoe.loss_parameters import DEFAULTS, check_loss
+from selectmoe.losses import LOSSES, histogram_entropy, quality_loss
 
 SCORE = torch.tensor([[0.5, -1.0, 2.0, 9.0], [0.1, -0.3, 7.0, 7.0]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
@@ -90,6 +92,51 @@ def test_spec7_05_unknown_losses_and_parameters_are_errors_that_list_the_known()
     with pytest.raises(UserError, match=r"'lambda'.*lambda_var"):
         check_loss("mean_variance_regularization", {"lambda": 1})
     assert check_loss("mse", {"target": 1})["target"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "said"),
+    [
+        ("mse", {"target": "high"}, "target='high' must be a number"),
+        ("mse", {"target": True}, "must be a number"),
+        ("mse", {"target": 1.5}, "at least 0, at most 1"),
+        ("sigmoid", {"sample_wise_averaging": 1}, "true or false"),
+        ("entropy", {"lambda_entropy": float("nan")}, "must be a number"),
+        ("beta_moment_matching", {"beta_target_var": 0.3}, r"at most 0\.25"),
+        ("beta_moment_matching", {"w_mean": -1}, "at least 0"),
+        ("contrastive", {"margin": 1}, "knows: none"),
+    ],
+)
+def test_values_of_parameters_are_checked(name: str, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_loss(name, params)
+
+
+def test_every_loss_has_its_parameters_and_no_other() -> None:
+    assert LOSSES.keys() == DEFAULTS.keys()
+
+
+def half(good: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (good * mask).sum() / 2
+
+
+def sum_of_masks(good: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return mask.sum()
+
+
+def test_a_loss_of_ones_own_is_called_where_it_is_allowed() -> None:
+    path, flat = f"{__name__}:half", f"{__name__}:sum_of_masks"
+    with pytest.raises(UserError, match=r"runs only where the command line says so: add allow_code="):
+        quality_loss(path, [SCORE], MASK)
+    allowed_code.allow([path, flat])
+    try:
+        assert float(quality_loss(path, [SCORE], MASK)) == pytest.approx(VALID.sum() / 2)
+        with pytest.raises(UserError, match="unknown key 'x'"):
+            check_loss(path, {"x": 1})
+        with pytest.raises(UserError, match="must give a scalar tensor that has a gradient"):
+            quality_loss(flat, [SCORE.clone().requires_grad_()], MASK)
+    finally:
+        allowed_code.allow([])
 
 
 def test_contrastive_without_labels_is_an_error() -> None:
