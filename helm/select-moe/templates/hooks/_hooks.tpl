@@ -34,11 +34,12 @@ secrets:
 {{- if and .Values.secrets.create (include "select-moe.secretsSpec" . | trim) }}true{{ end }}
 {{- end }}
 
-{{/* The annotations of a hook. Takes (dict "events" EVENTS "weight" NUMBER). */}}
+{{/* The annotations of a hook: what has done its work goes; of what failed Helm 4 shows the log, and it stays. Takes (dict "events" EVENTS "weight" NUMBER). */}}
 {{- define "select-moe.hook" -}}
 helm.sh/hook: {{ .events }}
 helm.sh/hook-weight: {{ .weight | quote }}
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+helm.sh/hook-output-log-policy: hook-failed
 {{- end }}
 
 {{/* The metadata of a hook. Takes (dict "root" $ "component" NAME "name" SUFFIX "events" EVENTS "weight" NUMBER). */}}
