@@ -8,7 +8,7 @@ TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill lint format types compile lock \
-        image image-test chart-test sbom licences clean bench-s3 kind-up kind-run kind-test kind-logs kind-down images-lock
+        image image-test chart-test sbom licences clean bench-s3 bench-convert kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -96,6 +96,9 @@ images-lock: setup ## write the registries' digests beside the tags in the chart
 
 bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
 	@$(PYTHON) -m bench.s3 $(ARGS)
+
+bench-convert: setup ## memory, time and a kill of converting a checkpoint of several GB made on the fly
+	@$(PYTHON) -m bench.convert $(ARGS)
 
 clean: ## remove what tools left behind (not .venv, not .selectmoe)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

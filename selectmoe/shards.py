@@ -21,7 +21,7 @@ from selectmoe.errors import Unavailable, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 """Bytes in memory at once."""
 METADATA = {"format": "pt"}
 """The single metadata key of what we write: several come out in changing order."""
