@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from selectmoe import checkpoint, manifest, shards
 from selectmoe.convert import gate_name, olmoe_shapes
@@ -29,9 +30,14 @@ ALLOWED = 500 << 20
 """Bytes above the largest shard that the process may use."""
 
 
-def config(layers: int) -> dict[str, object]:
+def config(layers: int) -> dict[str, Any]:
     """OLMoE-1B-7B's configuration with another number of layers."""
-    sizes = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+    }
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8}
     return {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16"} | sizes | heads
 

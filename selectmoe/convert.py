@@ -165,18 +165,21 @@ def olmoe_shapes(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ..
 
     c = OlmoeConfig(**{k: v for k, v in config.items() if k != "model_type"})
     hidden, inner, experts = c.hidden_size, c.intermediate_size, c.num_experts
-    narrow = hidden // c.num_attention_heads * c.num_key_value_heads
+    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    wide, narrow = head * c.num_attention_heads, head * c.num_key_value_heads
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, hidden)}
     shapes["model.norm.weight"] = (hidden,)
     if not c.tie_word_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, hidden)
     layer: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}
-    for name, size in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden)):
-        layer[f"self_attn.{name}_proj.weight"] = (size, hidden)
+    for name, size in (("q", wide), ("k", narrow), ("v", narrow), ("o", hidden)):
+        layer[f"self_attn.{name}_proj.weight"] = (size, wide if name == "o" else hidden)
         if c.attention_bias:
             layer[f"self_attn.{name}_proj.bias"] = (size,)
-    if config.get("qk_norm", True):
-        layer |= {"self_attn.q_norm.weight": (hidden,), "self_attn.k_norm.weight": (narrow,)}
+    norm = config.get("qk_norm", True)
+    if norm:
+        sizes = (head, head) if norm == "head" else (hidden, narrow)
+        layer |= {"self_attn.q_norm.weight": sizes[:1], "self_attn.k_norm.weight": sizes[1:]}
     layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if fused:
         layer["mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)

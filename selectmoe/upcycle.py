@@ -2,8 +2,9 @@
 
     selectmoe upcycle source_model=HuggingFaceTB/SmolLM2-135M data=out/ingest experts=4 output_dir=out/upcycle
 
-In: a dense checkpoint and a pool. Out: an `olmoe` checkpoint with `qk_norm: false`, every expert a copy of the dense MLP,
-so that its logits are the dense model's (rounding apart) as long as the top-k weights sum to 1. The routers are initialised
+In: a dense checkpoint (SmolLM2, Llama, Mistral, Qwen2, Qwen2.5, Qwen3) and a pool. Out: an `olmoe` checkpoint with
+`qk_norm: false` (Qwen3: `head`), every expert a copy of the dense MLP, so that its logits are the dense model's (rounding
+apart) as long as the top-k weights sum to 1. The routers are initialised
 from the data: in every layer the centres of a spherical k-means over the hidden states that the MLP reads. Such a router
 spreads a pool over the experts by content, where a random one gives random projections as features.
 
@@ -28,8 +29,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STAGE = "upcycle"
-VERSION = 1
-DENSE = ("llama",)
+VERSION = 2
+COMMON: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "use_sliding_window": True,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "attention_bias": True, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": "head", "sliding_window": 4096},
+}
+"""What a config.json of that kind means by what it does not say, where OLMoE would mean something else."""
+DENSE = tuple(DEFAULTS)
 INITS = ("clusters", "random")
 TOKENS_PER_BATCH = 2048
 ENTROPY_SHARE = 0.5
@@ -76,7 +97,7 @@ def run(config: UpcycleConfig) -> Path:
         The output directory.
 
     Raises:
-        UserError: the source is not there, not Llama-like, or has what OLMoE has not (biases, another head size).
+        UserError: the source is not there, not Llama-like, or has what OLMoE has not (biases in its MLP).
     """
     config.validate()
     source = checkpoint.resolve(config.source_model, DENSE, "source_model", "only Llama-like models can be upcycled")
@@ -93,20 +114,24 @@ def run(config: UpcycleConfig) -> Path:
     return out.path
 
 
-def olmoe_config(dense: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]:
+def olmoe_config(given: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]:
     """The `config.json` of the OLMoE-shaped model.
+
+    Args:
+        given: the dense model's.
+        config: of this stage.
 
     Raises:
         UserError: the dense model has what OLMoE has not, or its config does not say how large it is.
     """
     for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
-        if not isinstance(dense.get(key), int):
+        if not isinstance(given.get(key), int):
             raise UserError(f"source_model: its config.json has no {key}: expected that of a whole checkpoint")
-    heads, hidden = dense["num_attention_heads"], dense["hidden_size"]
-    if dense.get("head_dim") not in (None, hidden // heads):
-        raise UserError(f"source_model: head_dim {dense['head_dim']} is not hidden_size / heads; OLMoE has no other")
-    if dense.get("attention_bias") or dense.get("mlp_bias"):
-        raise UserError("source_model has biases in its attention or MLP, which OLMoE has not")
+    dense: dict[str, Any] = (
+        COMMON | {"qk_norm": False, "attention_bias": False} | DEFAULTS.get(given.get("model_type", ""), {}) | given
+    )
+    if dense.get("mlp_bias"):
+        raise UserError("source_model has biases in its MLP, which OLMoE has not")
     if config.layers > dense["num_hidden_layers"]:
         raise UserError(f"layers={config.layers}: source_model has {dense['num_hidden_layers']}")
     kept = [
@@ -121,23 +146,29 @@ def olmoe_config(dense: dict[str, Any], config: UpcycleConfig) -> dict[str, Any]
         "initializer_range",
         "rope_parameters",
         "rope_theta",
+        "rope_scaling",
         "tie_word_embeddings",
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
         "attention_dropout",
+        "attention_bias",
+        "qk_norm",
         "dtype",
         "torch_dtype",
     ]
-    return {key: dense[key] for key in kept if key in dense} | {
+    sparse = {key: dense[key] for key in kept if key in dense}
+    if dense.get("head_dim") not in (None, dense["hidden_size"] // dense["num_attention_heads"]):
+        sparse["head_dim"] = dense["head_dim"]
+    if dense.get("use_sliding_window") and (window := dense.get("sliding_window")):
+        sparse["max_position_embeddings"] = min(window, dense["max_position_embeddings"])  # up to there it is exact
+    return sparse | {
         "model_type": "olmoe",
         "architectures": ["OlmoeForCausalLM"],
         "num_hidden_layers": config.layers or dense["num_hidden_layers"],
         "num_experts": config.experts,
         "num_experts_per_tok": config.top_k,
         "norm_topk_prob": True,
-        "qk_norm": False,
-        "attention_bias": False,
         "clip_qkv": None,
         "router_aux_loss_coef": 0.01,
     }
@@ -149,6 +180,7 @@ def sparse_tensors(
     """The sparse model's tensors in the per-expert layout, in the order of the source, router beside its experts."""
     layers = int(sparse["num_hidden_layers"])
     done: set[int] = set()
+    there = checkpoint.tensor_places(path)
     for name, tensor in checkpoint.read_tensors(path):
         parts = name.split(".")
         layer = int(parts[2]) if name.startswith("model.layers.") else -1
@@ -163,6 +195,9 @@ def sparse_tensors(
                 yield f"model.layers.{layer}.mlp.gate.weight", routers[layer].to(tensor.dtype)
         else:
             yield name, tensor
+        bias = name.removesuffix("weight") + "bias"
+        if name.endswith("o_proj.weight") and sparse["attention_bias"] and bias not in there:
+            yield bias, tensor.new_zeros(tensor.shape[0])  # Qwen2 has biases on q, k and v only; OLMoE has all or none
 
 
 def noisy(tensor: Tensor, name: str, config: UpcycleConfig) -> Tensor:

@@ -1,9 +1,21 @@
 """pytest tests/unit/test_upcycle.py"""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from selectmoe import convert, upcycle
 from selectmoe.config import load
@@ -35,6 +47,55 @@ def make(dense, pool, folder, **fields):
             output_dir=str(folder),
         )
     )
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 320}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS = {
+    "llama, scaled positions": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8}},
+    ),
+    "llama, biases and a head of its own size": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "head_dim": 16, "eos_token_id": [2, 3]},
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 64, "rms_norm_eps": 1e-3}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_the_dense_models_whatever_it_is(dense, small_pool, tmp_path, kind):
+    """Random weights everywhere: norms and biases that a fresh model has at 1 and 0 would hide a mistake."""
+    model_class, config_class, options = KINDS[kind]
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = model_class(config_class(**SIZES, **heads, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "dense")
+    written = json.loads((tmp_path / "dense" / "config.json").read_text())
+    for key in ("rms_norm_eps", "tie_word_embeddings", "hidden_act", "pad_token_id"):  # what people leave out
+        if written.get(key) == config_class().to_dict().get(key):
+            written.pop(key, None)
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(written))
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "dense")
+    sparse = make(tmp_path / "dense", small_pool, tmp_path / "u", init="random" if "llama" in kind else "clusters")
+    given = {"source_model": str(sparse), "output_dir": str(tmp_path / "c")}
+    judge = load_judge(convert.run(load(convert.ConvertConfig, {}, **given)), "cpu", torch.float32)
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.inference_mode():
+        expected, found = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, judge))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    if kind == "mistral":
+        assert judge.config.max_position_embeddings == 64
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -113,6 +174,13 @@ def test_bad_values_are_refused(fields):
 def test_more_layers_than_there_are(dense, small_pool, tmp_path):
     with pytest.raises(UserError, match="layers=9"):
         make(dense, small_pool, tmp_path / "u", layers=9)
+
+
+def test_biases_in_the_mlp_are_refused():
+    sizes = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2}
+    config = load(upcycle.UpcycleConfig, {}, source_model="x", data="y", output_dir="z")
+    with pytest.raises(UserError, match="biases in its MLP"):
+        upcycle.olmoe_config(sizes | {"mlp_bias": True}, config)
 
 
 def test_a_config_that_does_not_say_how_large_the_model_is():
