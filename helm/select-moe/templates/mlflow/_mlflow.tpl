@@ -48,6 +48,7 @@ default_permission = {{ .Values.mlflow.auth.defaultPermission }}
 database_uri = {{ if eq .Values.mlflow.database.type "sqlite" }}sqlite:////data/basic_auth.db{{ else }}{{ include "select-moe.mlflowDatabaseUri" . }}{{ end }}
 admin_username = {{ .Values.mlflow.auth.username }}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = {{ .Values.mlflow.auth.cacheSeconds }}
 {{- end }}
 
 {{- define "select-moe.mlflowAuthEnv" -}}
