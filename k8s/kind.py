@@ -201,7 +201,7 @@ def load(tools: Tools, place: Place, tag: str) -> None:
     lacking = [
         node
         for node in site.nodes(tools)[1:]
-        if tools.ask_anyway("engine", "exec", node, "crictl", "inspecti", "-q", tag).returncode
+        if tools.ask_anyway("engine", "exec", node, "crictl", "inspecti", tag).returncode
     ]
     if not lacking:
         print("image: in the cluster already")

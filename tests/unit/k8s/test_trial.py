@@ -44,6 +44,8 @@ class Pretending(KfpServer):
         """Whether nothing comes from the cache."""
         self.hides = False
         """Whether executors are listed in a form that is not known here."""
+        self.anonymous = False
+        """Whether nodes do not say which pod they are."""
         self.too_quick = False
         """Whether a run is over before anybody sees it."""
         self.polls: dict[str, int] = {}
@@ -86,7 +88,7 @@ class Pretending(KfpServer):
         else:
             run.state = "SUCCEEDED"
             self._end(run)
-        run.run_details = trial_details(run.state, self.work[run_id], self.hides)
+        run.run_details = details(run.state, self.work[run_id], self.hides, self.anonymous)
         return run
 
     def _end(self, run: Any) -> None:
@@ -101,16 +103,18 @@ class Pretending(KfpServer):
         open_store(f"{root}/runs").put_bytes(f"{run.run_id}.json", json.dumps(noted).encode())
 
 
-def trial_details(state: str, executed: tuple[str, ...], hides: bool) -> Any:
+def details(state: str, executed: tuple[str, ...], hides: bool = False, anonymous: bool = False) -> Any:
     """A run's nodes as KFP lists them: a driver, a task, and the executor inside it, skipped where the cache had it."""
     import kfp_server_api as api
 
     nodes = []
-    for task in TASKS:
-        inner = "SUCCEEDED" if task in executed else "SKIPPED"
-        child = f"{task}-inner"
+    for task in (*TASKS, "finish"):
+        inner = "SUCCEEDED" if task in (*executed, "finish") else "SKIPPED"
+        child, attempt = f"{task}-inner", f"{task}-attempt"
         nodes += [node(f"{task}-driver", "SUCCEEDED"), node(task, "SUCCEEDED", pod=task, children=[child])]
-        nodes.append(node("main" if hides else "executor", inner, pod=child))
+        nodes.append(node("main" if hides else "executor", inner, pod="" if anonymous else child, children=[attempt]))
+        if inner == "SUCCEEDED":
+            nodes.append(node("executor(0)", inner, pod="" if anonymous else attempt))
     if state == "FAILED":
         nodes.append(node("warmup", "FAILED", "pod deleted"))
     return api.V2beta1RunDetails(task_details=nodes)
@@ -206,6 +210,21 @@ def test_no_node_stays_cordoned_when_the_drain_fails(
 def test_a_second_run_that_executes_something_is_refused(here: tuple[Tools, place.Place], kfp: Pretending) -> None:
     kfp.forgets = True
     with pytest.raises(Refused, match=r"the second run executed .*'warmup': 1"):
+        trial.test(*here, "tiny")
+
+
+def test_nodes_without_a_pod_s_name_are_counted(here: tuple[Tools, place.Place], kfp: Pretending) -> None:
+    kfp.anonymous = True
+    assert trial.test(*here, "tiny") == 0
+    (first, again, *_) = kfp.runs
+    runs = trial.Runs(*here)
+    assert runs.executed(first.run_id) == {trial.UNNAMED: len(TASKS) + 1}
+    assert runs.executed(again.run_id) == {trial.UNNAMED: 2}
+
+
+def test_nodes_without_a_pod_s_name_hide_nothing(here: tuple[Tools, place.Place], kfp: Pretending) -> None:
+    kfp.anonymous = kfp.forgets = True
+    with pytest.raises(Refused, match="the second run executed"):
         trial.test(*here, "tiny")
 
 
