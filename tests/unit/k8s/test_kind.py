@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def test_up_again_makes_nothing_again(world: World, capsys: pytest.CaptureFixtur
 
 
 def test_up_starts_a_cluster_that_was_stopped(world: World) -> None:
-    assert kind.main(["up"]) == 0
+    world.up()
     clusters = world["clusters"]
     for node in clusters["select-moe"]["nodes"].values():
         node["up"] = False
@@ -69,22 +68,22 @@ def test_up_goes_on_where_it_was_ended(world: World) -> None:
 
 
 def test_another_image_is_loaded_and_rolled_out(world: World) -> None:
-    assert kind.main(["up"]) == 0
+    world.up()
     world["images"] = world["images"] | {"mine:1": "sha256:" + "cd" * 32}
     assert kind.main(["up", "image=mine:1"]) == 0
     assert world["releases"]["select-moe"]["set"] == "image.tag=kind-cdcdcdcdcdcd"
-    assert all(len(node["images"]) == 2 for name, node in world.nodes().items() if "worker" in name)
+    other = "docker.io/library/select-moe:kind-cdcdcdcdcdcd"
+    assert all(node["images"] == [other] for name, node in world.nodes().items() if "worker" in name)
+    assert not world.called("docker", "build")
     assert kind.main(["up", "image=not-here"]) == 2
 
 
-def test_a_new_version_of_kfp_is_applied(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_version_of_kfp_is_applied(world: World) -> None:
+    world.up()
+    world["namespaces"] = {"kubeflow": {kind.MARK: "of another version"}}
     assert kind.main(["up"]) == 0
-    other = tmp_path / "other" / "kfp"
-    shutil.copytree(kind.KFP, other)
-    (other / "kustomization.yaml").write_text("# another version\n", encoding="utf-8")
-    monkeypatch.setattr(kind, "KFP", other)
-    assert kind.main(["up"]) == 0
-    assert [Path(path).name for path in world["applied"]].count("kfp") == 2
+    assert [Path(path).name for path in world["applied"]].count("kfp") == 1
+    assert world["namespaces"]["kubeflow"][kind.MARK] != "of another version"
 
 
 @pytest.mark.parametrize("how", ["CONTAINER_ENGINE", "KIND_EXPERIMENTAL_PROVIDER", "alone", "as docker"])
@@ -108,7 +107,7 @@ def test_podman(world: World, monkeypatch: pytest.MonkeyPatch, how: str) -> None
 
 
 def test_down_removes_it_and_can_be_said_twice(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert kind.main(["up"]) == 0
+    world.up()
     assert kind.main(["down"]) == 0
     assert world["clusters"] == {}
     assert not (world.state / "kind" / "kubeconfig").exists()
@@ -179,13 +178,15 @@ def test_words_that_are_not_understood(world: World, words: list[str]) -> None:
 
 
 def test_logs_hold_no_secret_and_go_on_without_what_fails(world: World, tmp_path: Path) -> None:
-    assert kind.main(["up"]) == 0
+    world.up()
+    (world.state / "kind" / "logs").mkdir()
+    (world.state / "kind" / "logs" / "chart.log").write_text("what helm said", encoding="utf-8")
     world["faults"] = {"kubectl describe": "error: the server could not find the requested resource"}
     assert kind.main(["logs", f"output={tmp_path / 'logs'}"]) == 0
     names = {
         path.relative_to(tmp_path / "logs").as_posix() for path in (tmp_path / "logs").rglob("*") if path.is_file()
     }
-    assert {"events.txt", "workflows.yaml", "helm-values.yaml", "make/cluster.log", "make/kfp.log"} <= names
+    assert {"events.txt", "workflows.yaml", "helm-values.yaml", "make/chart.log"} <= names
     assert "could not find" in (tmp_path / "logs" / "pods.txt").read_text()
     assert world.called("kind", "export", "logs")
     for call in world["calls"]:
