@@ -11,6 +11,7 @@ upgraded, which then takes the file's place (no server may be using it: the char
 
 from __future__ import annotations
 
+import ast
 import configparser
 import contextlib
 import fcntl
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.install.options import WAIT, option
@@ -52,14 +54,32 @@ class Schema:
     command: Callable[[str], list[str]]
 
     def known(self) -> tuple[str, set[str]]:
-        """The revision of this image's MLflow, and all that it knows."""
-        from alembic.script import ScriptDirectory
+        """The revision of this image's MLflow, and all that it knows.
 
+        Alembic would import every migration, and with it MLflow: seconds, at each start of a pod.
+        """
         package = importlib.util.find_spec("mlflow")
         if package is None or not package.submodule_search_locations:
             raise UserError("mlflow is not installed: use the project's image, or its extra `tracking`")
-        scripts = ScriptDirectory(str(Path(package.submodule_search_locations[0], self.migrations)))
-        return str(scripts.get_current_head()), {script.revision for script in scripts.walk_revisions()}
+        before: dict[str, Any] = {}
+        for path in Path(package.submodule_search_locations[0], self.migrations, "versions").glob("*.py"):
+            names = _constants(path)
+            if "revision" in names:
+                before[names["revision"]] = names["down_revision"]
+        (head,) = before.keys() - before.values()
+        return str(head), {*before}
+
+
+def _constants(path: Path) -> dict[str, Any]:
+    """What a module assigns at its top that is a plain text or None."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if isinstance(getattr(node, "value", None), ast.Constant):
+            found |= {target.id: node.value.value for target in targets if isinstance(target, ast.Name)}  # type: ignore
+    return found
 
 
 TRACKING = Schema("tracking", "alembic_version", "store/db_migrations", lambda uri: ["mlflow", "db", "upgrade", uri])

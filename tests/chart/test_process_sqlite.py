@@ -18,6 +18,7 @@ from manifests import named, parse
 from processes import Mlflow, Site, ask
 
 from pipelines.install.__main__ import main
+from pipelines.install.database import LOGINS, TRACKING, Schema
 from tests.serving import S3Server
 
 HELM = processes.ROOT / ".venv" / "bin" / "helm"
@@ -145,6 +146,15 @@ def test_addresses_that_are_none(
     err = capsys.readouterr().err
     assert said in err
     assert "secret@" not in err
+
+
+@pytest.mark.parametrize("schema", [TRACKING, LOGINS], ids=lambda schema: schema.name)
+def test_revisions_are_those_that_alembic_finds(schema: Schema) -> None:
+    import mlflow as package
+    from alembic.script import ScriptDirectory
+
+    scripts = ScriptDirectory(str(Path(package.__file__).parent / schema.migrations))
+    assert schema.known() == (scripts.get_current_head(), {script.revision for script in scripts.walk_revisions()})
 
 
 def test_a_database_of_a_newer_mlflow_and_one_that_is_none(
