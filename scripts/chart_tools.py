@@ -1,4 +1,4 @@
-"""Fetch what the chart's tests run: helm and kubectl into .venv/bin, checkov into .venv/checkov.
+"""Fetch what the chart's tests run: helm and kubectl into .venv/bin, checkov into .venv/checkov, Debian's PostgreSQL.
 
     .venv/bin/python scripts/chart_tools.py
 
@@ -103,6 +103,23 @@ def fetch_checkov() -> None:
     stamp.write_text(wanted)
 
 
+def install_postgresql() -> None:
+    """Install Debian's PostgreSQL where there is none and we are root; it is not started: the tests start their own."""
+    if shutil.which("postgres") or any(Path("/usr/lib/postgresql").glob("*/bin/postgres")):
+        return
+    if not shutil.which("apt-get") or os.getuid():
+        print("chart_tools: PostgreSQL is missing; install it (apt-get install postgresql, as root)", file=sys.stderr)
+        raise SystemExit(2)
+    apt = ["apt-get", "install", "-y", "-qq", "--no-install-recommends"]
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], check=True, env=quiet)
+    subprocess.run([*apt, "postgresql-common"], check=True, env=quiet, stdout=subprocess.DEVNULL)
+    with open("/etc/postgresql-common/createcluster.conf", "a", encoding="utf-8") as settings:
+        settings.write("create_main_cluster = false\n")
+    subprocess.run([*apt, "postgresql"], check=True, env=quiet, stdout=subprocess.DEVNULL)
+
+
 if __name__ == "__main__":
     fetch_programs()
     fetch_checkov()
+    install_postgresql()

@@ -19,7 +19,8 @@ import processes
 import psycopg
 import pytest
 import yaml
-from manifests import named, parse
+from chart import changed
+from manifests import named
 from postgresql import PASSWORD, USER, PostgreSQL
 from processes import Mlflow, Site, ask
 
@@ -28,7 +29,6 @@ from tests.kfp_server import KfpServer
 from tests.kubernetes_server import KubernetesServer
 from tests.serving import S3Server
 
-HELM = processes.ROOT / ".venv" / "bin" / "helm"
 OLD = "97727af70f4d"
 """A revision of MLflow's schema of 2023 (MLflow 2.3)."""
 VALUES: dict[str, Any] = {
@@ -68,10 +68,7 @@ def site(
 ) -> Site:
     """The chart, rendered; its Secrets, made by its own Job."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "values.yaml").write_text(yaml.safe_dump(VALUES))
-    command = [str(HELM), "template", "demo", "helm/select-moe", "-n", "research", "-f", str(folder / "values.yaml")]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=processes.ROOT).stdout
-    made = Site(parse(text), folder, {"db.example:5432": f"127.0.0.1:{postgresql.port}"})
+    made = Site(changed(VALUES), folder, {"db.example:5432": f"127.0.0.1:{postgresql.port}"})
     made.addresses["http://ml-pipeline.kubeflow:8888"] = kfp.url
     made.mount("/etc/select-moe", "-secrets")
     made.mount("/etc/select-moe", "-profile")
