@@ -23,15 +23,22 @@ LENGTH = {"Service": 63, "CronJob": 52, "Job": 63, "Deployment": 63, "StatefulSe
 
 
 def recommended(docs: Iterable[Doc]) -> Iterator[str]:
-    """Every object says what it is, by the labels that Kubernetes recommends, and by Helm's."""
+    """Every object says what it is, by the labels that Kubernetes recommends."""
     for doc in docs:
-        for key in (*RECOMMENDED, "helm.sh/chart"):
+        for key in RECOMMENDED:
             if not labels(doc).get(key):
                 yield f"{title(doc)}: no label {key}"
     for pod in pods(docs):
         for key in (RECOMMENDED[0], RECOMMENDED[1], RECOMMENDED[3]):
             if not pod.labels.get(key):
                 yield f"{pod.title}: its pods have no label {key}"
+
+
+def of_a_chart(docs: Iterable[Doc]) -> Iterator[str]:
+    """Every object says which chart it comes from."""
+    for doc in docs:
+        if not labels(doc).get("helm.sh/chart"):
+            yield f"{title(doc)}: no label helm.sh/chart"
 
 
 def names(docs: Iterable[Doc]) -> Iterator[str]:

@@ -56,6 +56,7 @@ BROKEN: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "objects": [
         ("Service/r-web metadata labels app.kubernetes.io/part-of", GONE, "no label app.kubernetes.io/part-of"),
+        ("Service/r-web metadata labels helm.sh/chart", GONE, "no label helm.sh/chart"),
         ("Service/r-web metadata labels helm.sh/chart", "demo 1", "'demo 1' is no label"),
         ("Service/r-web metadata labels app.kubernetes.io/version", 1, "version=1 is no label"),
         ("Service/r-web metadata name", "r_web", "not a name"),
