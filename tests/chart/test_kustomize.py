@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,14 @@ def test_the_gpu_overlay_puts_accelerated_tasks_where_the_gpus_are() -> None:
     assert site["accelerator_tolerations"][0]["key"] == "nvidia.com/gpu"
     assert site["queue"]
     assert CHART.exists()
+
+
+def test_the_readme_names_what_there_is() -> None:
+    text = (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
+    known = {doc["metadata"]["name"] for doc in built("base") if doc["kind"] == "Job"}
+    assert set(re.findall(r"\bjob/([a-z0-9-]+)", text)) == known
+    for folder in set(re.findall(r"-k (k8s/\S+)", text)) | set(
+        re.findall(r"`((?:overlays|kind|base)/[\w/.-]*)`", text)
+    ):
+        path = ROOT / (folder if folder.startswith("k8s/") else f"k8s/{folder}")
+        assert path.exists(), folder
