@@ -7,7 +7,7 @@ TARGET ?= cpu
 TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill lint format types compile lock \
+.PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
         image image-test chart-test sbom licences clean bench-s3 bench-convert kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
@@ -39,6 +39,12 @@ docs-test: setup ## the commands of README and docs
 
 study-kill: setup ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick)
 	@$(PYTHON) -m bench.study_kill .selectmoe/study-kill preset=$(PRESET)
+
+study-judge: setup ## which gate loss makes a judge? some 80 minutes; goes on after a kill; writes docs/experiments/judge.md
+	@$(PYTHON) -m bench.study_judge .selectmoe/study-judge
+
+study-test: setup ## the study of gate losses on a tiny model, killed and started again
+	@$(PYTHON) -m pytest tests/study -q -n 0
 
 browser-test: setup ## a run's pages in MLflow, seen with Chromium (apt-get install chromium chromium-driver)
 	@$(PYTHON) -m pytest tests/browser -q -n 0
