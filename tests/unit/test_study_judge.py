@@ -159,7 +159,7 @@ def upper(row, donor, rng):
     return Row(row.dataset, content_id(row.dataset, messages), messages)
 
 
-@pytest.mark.parametrize(("loss", "rate"), [("contrastive", 3e-2)])
+@pytest.mark.parametrize(("loss", "rate"), [("contrastive", 3e-2), ("sigmoid", 3e-2), ("entropy", 3e-2)])
 def test_features_give_the_scores_of_warmup_and_route(loss, rate, small_pool, small_judge, tmp_path, monkeypatch):
     monkeypatch.setitem(corruption.CORRUPTIONS, "upper", upper)
     judge = small_judge("observer")
