@@ -32,7 +32,7 @@ def subset(d: Design, pool: StudyPool) -> list[Row]:
 def convert_judge(base: Path, folder: Path, mode: str, bias: float, seed: int) -> Path:
     """A Select-MoE checkpoint of an OLMoE-shaped one."""
     given = {"model": {"gate_mode": mode, "quality_gate_init_bias": bias}, "seed": seed}
-    return convert.run(load(convert.ConvertConfig, given, source_model=str(base), output_dir=str(folder)))
+    return Path(convert.run(load(convert.ConvertConfig, given, source_model=str(base), output_dir=str(folder))))
 
 
 def route_pool(d: Design, judge: Path, weights: str, data: Path, folder: Path, rivals: bool) -> RouterData:
