@@ -34,6 +34,8 @@ LONG = ("warmup", "route", "finetune")
 AGAIN = 3
 """How often a run that was interrupted may be submitted."""
 POLL = 0.5
+TESTS = ("test-s3", "test-mlflow", "test-kfp", "test-rights")
+"""The chart's tests, by their component's name."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,14 @@ class Trial:
     def chart(self) -> str:
         """The chart's own tests."""
         log = self.place.log("helm-test")
-        words = ("--namespace", NAMESPACE, "--logs", "--timeout", "10m")
-        self.tools.run("helm", "test", RELEASE, *words, log=log)
+        try:
+            # no --logs: older Helms fail over pods that succeeded and are gone
+            self.tools.run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "10m", log=log)
+        except Unavailable:
+            selector = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component in ({', '.join(TESTS)})"
+            words = ("--namespace", NAMESPACE, "--selector", selector, "--prefix", "--tail=100")
+            self.tools.run("kubectl", "logs", *words, log=log)
+            raise
         return f"log: {log}"
 
     def _run(self, name: str) -> tuple[str, dict[str, Any]]:

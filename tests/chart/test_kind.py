@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from k8s import place
+from k8s import place, trial
 from pipelines import profile
 
 BIN = place.ROOT / ".venv" / "bin"
@@ -94,6 +94,12 @@ def test_the_profile_is_one_that_the_pipeline_takes(tmp_path: Path) -> None:
     assert found.image == "select-moe:kind-abab"
     assert [secret.name for secret in found.secrets] == [f"{place.RELEASE}-s3"]
     assert named("ServiceAccount", f"{place.RELEASE}-pipeline")
+
+
+def test_the_chart_s_tests_are_known_by_name() -> None:
+    pods = [d for d in rendered() if d["metadata"].get("annotations", {}).get("helm.sh/hook") == "test"]
+    components = {d["metadata"]["labels"]["app.kubernetes.io/component"] for d in pods if d["kind"] == "Pod"}
+    assert components == set(trial.TESTS)
 
 
 def test_the_models_lie_where_kind_up_makes_the_folder() -> None:

@@ -184,6 +184,16 @@ def test_everything_holds(
     assert executor["container"]["image"] == "select-moe:kind-abab", "the chart's profile"
 
 
+def test_the_logs_of_the_chart_s_failed_tests_are_kept(
+    here: tuple[Tools, place.Place], kfp: Pretending, world: World
+) -> None:
+    world["faults"] = {"helm test": "Error: pod select-moe-test-s3 failed"}
+    with pytest.raises(Unavailable, match="pod select-moe-test-s3 failed"):
+        trial.test(*here, "tiny")
+    assert "test-s3, test-mlflow" in " ".join(world.called("kubectl", "logs")[0])
+    assert not kfp.runs
+
+
 def test_a_drain_moves_tasks_only_and_leaves_no_node_cordoned(
     here: tuple[Tools, place.Place], kfp: Pretending, world: World
 ) -> None:
