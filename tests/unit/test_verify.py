@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_convert import olmoe
+from test_convert import olmoe, sharded
 
 from selectmoe import checkpoint, convert, verify
 from selectmoe.config import load
 from selectmoe.errors import Refused, UserError
+from selectmoe.modeling import SelectMoeForCausalLM
 from selectmoe.pool import Row, write_pool
 
 Tensors = dict[str, torch.Tensor]
@@ -66,7 +68,14 @@ def test_spec7_16_a_true_conversion_passes(tmp_path: Path, mode: str, dtype: tor
     assert forward["gate_open"]["router_logits"]["equal"]
     assert forward["as_initialised"]["logits"]["equal"] == (mode == "observer")
     assert (forward["as_initialised"]["logits"]["max_distance"] > 0) == (mode == "applied")
-    assert "equal to the bit" in capsys.readouterr().err
+    for found in forward["gate_open"]["layers"]:
+        assert {what: gap["equal"] for what, gap in found.items()} == {"router_logits": True, "hidden_states": True}
+    hidden = [layer["hidden_states"]["max_distance"] for layer in forward["as_initialised"]["layers"]]
+    assert [gap > 0 for gap in hidden] == [mode == "applied"] * 2
+    assert [gate["bias"] for gate in forward["gates"]] == [3.0 if mode == "applied" else 0.0] * 2
+    said = capsys.readouterr().err
+    assert said.count("equal") >= 5
+    assert re.search(r"^    1 +[03] +equal +equal", said, re.MULTILINE)
 
 
 def flipped_bit(t: Tensors) -> None:
@@ -107,6 +116,16 @@ def other_dtype(t: Tensors) -> None:
     t[Q] = t[Q].to(torch.float64)
 
 
+def swapped_experts(t: Tensors) -> None:
+    one, two = (f"model.layers.0.mlp.experts.{n}.up_proj.weight" for n in (0, 1))
+    t[one], t[two] = t[two].clone(), t[one].clone()
+
+
+def gate_in_half(t: Tensors) -> None:
+    name = "model.layers.0.quality_gate.weight"
+    t[name] = t[name].bfloat16()
+
+
 def nan_gate(t: Tensors) -> None:
     t["model.layers.1.quality_gate.weight"][0, 0] = torch.nan
 
@@ -122,6 +141,8 @@ MUTATIONS: list[tuple[Callable[[Tensors], None], str, str]] = [
     (renamed, "missing", Q),
     (other_dtype, "changed", Q),
     (nan_gate, "changed", "model.layers.1.quality_gate.weight"),
+    (swapped_experts, "changed", "model.layers.0.mlp.experts.0.up_proj.weight"),
+    (gate_in_half, "changed", "model.layers.0.quality_gate.weight"),
 ]
 
 
@@ -135,7 +156,9 @@ def test_every_mutation_of_a_tensor_is_found_and_named(
     mutate(tensors)
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     report, said = refused(pair[0], damaged, tmp_path / "out")
-    assert list(report["tensors"][kind]) == [name]
+    assert next(iter(report["tensors"][kind])) == name
+    assert len(report["tensors"][kind]) == (2 if mutate is swapped_experts else 1)
+    assert report["tensors"]["each"][name] not in ("", "equal")
     assert name in said
     if mutate is renamed:
         assert report["tensors"]["extra"] == ["model.layers.0.self_attn.query.weight"]
@@ -147,16 +170,70 @@ def test_another_tokenizer_or_config_is_found_and_named(pair: tuple[Path, Path],
     path = other / "tokenizer.json"
     path.write_text(path.read_text().replace('"the"', '"teh"'))
     report, said = refused(pair[0], other, tmp_path / "out")
-    assert report["tokenizer"] == {"tokenizer.json": "changed"}
+    assert report["files"] == {"tokenizer.json": "changed"}
     assert "tokenizer.json" in said
     (other / "tokenizer.json").unlink()
-    assert refused(pair[0], other, tmp_path / "out2")[0]["tokenizer"] == {"tokenizer.json": "missing"}
+    assert refused(pair[0], other, tmp_path / "out2")[0]["files"] == {"tokenizer.json": "missing"}
 
     bent = tmp_path / "config"
     shutil.copytree(pair[1], bent)
     settings = json.loads((bent / "config.json").read_text())
     checkpoint.write_json(bent / "config.json", settings | {"rms_norm_eps": 0.1})
     assert list(refused(pair[0], bent, tmp_path / "out3")[0]["config"]) == ["rms_norm_eps"]
+
+    checkpoint.write_json(bent / "config.json", settings | {"clip_qkv": 1.0})
+    assert refused(pair[0], bent, tmp_path / "out4")[0]["config"] == {"clip_qkv": [None, 1.0]}
+    checkpoint.write_json(bent / "config.json", settings | {"dtype": "bfloat16"})
+    assert list(refused(pair[0], bent, tmp_path / "out5")[0]["config"]) == ["dtype"]
+
+    (other / "tokenizer.json").write_bytes((pair[0] / "tokenizer.json").read_bytes())
+    (other / "LICENSE").write_text("mine now")
+    (other / "generation_config.json").write_text("{}")
+    report, said = refused(pair[0], other, tmp_path / "out6")
+    assert report["files"] == {"LICENSE": "extra", "generation_config.json": "changed"}
+    assert "file LICENSE; file generation_config.json" in said
+
+
+def test_an_index_that_sends_a_tensor_elsewhere_is_found(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "olmoe")
+    given = {"source_model": str(source), "output_dir": str(tmp_path / "made")}
+    made = convert.run(load(convert.ConvertConfig, {}, **given))
+    assert check(source, made, tmp_path / "out")["equal"]
+    (made / "manifest.json").unlink()
+    index = json.loads((made / checkpoint.INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    checkpoint.write_json(made / checkpoint.INDEX, index)
+    assert refused(source, made, tmp_path / "out2")[0]["tensors"]["misplaced"] == ["model.norm.weight"]
+
+
+def test_another_dtype_passes_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    source = olmoe(tmp_path / "olmoe")
+    given = {"source_model": str(source), "output_dir": str(tmp_path / "made"), "dtype": "bfloat16"}
+    made = convert.run(load(convert.ConvertConfig, {}, **given))
+    report = check(source, made, tmp_path / "out", dtype="bfloat16")
+    assert report["equal"]
+    assert report["forward"]["dtype"] == "bfloat16"
+    report, _ = refused(source, made, tmp_path / "out2")
+    assert set(report["tensors"]["changed"].values()) == {"dtype float32 became bfloat16"}
+    assert len(report["tensors"]["changed"]) == report["tensors"]["compared"]
+
+
+def test_a_checkpoint_that_transformers_saved_again_is_still_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    SelectMoeForCausalLM.from_pretrained(pair[1]).save_pretrained(again)
+    for name in checkpoint.companions(pair[1]):
+        shutil.copyfile(pair[1] / name, again / name)
+    assert check(pair[0], again, tmp_path / "out")["equal"]
+
+
+def test_a_custom_trash_expert_counts_as_zero(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    custom = tmp_path / "custom"
+    shutil.copytree(pair[1], custom)
+    settings = json.loads((custom / "config.json").read_text())
+    checkpoint.write_json(custom / "config.json", settings | {"trash_expert_mode": "custom"})
+    report = check(pair[0], custom, tmp_path / "out")
+    assert report["equal"]
+    assert not report["forward"]["as_initialised"]["logits"]["equal"]
 
 
 def test_a_difference_is_refused_again_from_the_finished_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -189,9 +266,19 @@ def test_without_a_tokenizer_bytes_stand_for_tokens(tmp_path: Path) -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_a_clear_error(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="gives token 10, its embedding has 10: they do not fit"):
+        verify.encode(pair[0], ["the a"], 8, 10)
+
+
 def test_bad_input_is_one_line_and_leaves_nothing_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for changes, message in (({"rows": -1}, "rows=-1"), ({"max_length": 1}, "max_length"), ({"show": 0}, "show")):
+    for changes, message in (
+        ({"rows": -1}, "rows=-1"),
+        ({"max_length": 1}, "max_length"),
+        ({"show": 0}, "show"),
+        ({"dtype": "int8"}, "dtype"),
+    ):
         with pytest.raises(UserError, match=message):
             check(*pair, out, **changes)
     with pytest.raises(UserError, match="expected select_moe"):
