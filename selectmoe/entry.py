@@ -9,6 +9,7 @@ unwinding, and unwinding through other people's thread pools waits for the work 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -24,6 +25,8 @@ from selectmoe.errors import Refused, Unavailable, UserError
 
 STOPPING = threading.Event()
 """Set when a signal ends this process: what the killed children still say is of no interest."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota or a file that has no room left."""
 _spared: set[int] = set()
 _endings: list[Callable[[], None]] = []
 
@@ -53,6 +56,8 @@ def enter(name: str, body: Callable[[], int]) -> int:
         if not _reader_gone():
             return _failed(name, error)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _disk_full(name, error) if error.errno in FULL else _failed(name, error)
     except Exception as error:
         return _failed(name, error)
     return code
@@ -80,6 +85,13 @@ def ending(work: Callable[[], None]) -> Iterator[None]:
 def _say(name: str, text: str, code: int) -> int:
     print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
     return code
+
+
+def _disk_full(name: str, error: OSError) -> int:
+    """One line: what was committed before is whole, since every commit is written beside its place and renamed."""
+    where = "; ".join(part for part in (str(error.filename or ""), *getattr(error, "__notes__", [])) if part)
+    text = f"{error.strerror}{f' ({where})' if where else ''}: make room; the same command goes on from its last commit"
+    return _say(name, f"failed: {text}", 1)
 
 
 def _failed(name: str, error: Exception, trace: bool = True) -> int:
