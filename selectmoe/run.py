@@ -60,7 +60,7 @@ MANAGED = {
     "route": ("shard.index", "shard.count"),
     "select": ("selection_percentage", "selection_rows", "selection_tokens"),
     "baseline": ("arms", "seeds", "selection_percentage", "selection_rows", "selection_tokens"),
-    "warmup": ("training.distributed",),
+    "warmup": ("training.distributed", "dataset.dataset_from", "dataset.local.dataset_names"),
     "finetune": ("arm", "training.distributed"),
     "evaluate": ("arm",),
 }

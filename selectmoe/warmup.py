@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectmoe import allowed_code, distributed, pool, stage
+from selectmoe import allowed_code, distributed, ingest, pool, stage
 from selectmoe.allowed_code import names_code
-from selectmoe.config import StageConfig, execution, group, identity, input_
+from selectmoe.config import StageConfig, execution, group, identity, input_, load, values
 from selectmoe.corruption import CORRUPTIONS, check_kinds
 from selectmoe.errors import UserError
+from selectmoe.ingest import DatasetConfig
 from selectmoe.loss_parameters import check_loss
 from selectmoe.schedule import SCHEDULERS
 
@@ -35,6 +36,8 @@ VERSION = 3
 RECIPES = {"observer": ("observer", "contrastive"), "legacy": ("applied", "sigmoid")}
 """Recipe -> the gate mode that it needs, and its quality loss."""
 MODES = ("full_rank", "lora")
+SUBSET = 0.025
+"""Default share of `dataset.*` that is trained on, as the predecessor had it."""
 PRECISIONS = ("auto", "float32", "bfloat16", "mixed")
 BOOKKEEPING = ("tokenizer_config.json", "adapter_config.json", "warmup.json", "gates.csv", "gates.png")
 
@@ -73,7 +76,9 @@ class WarmupTraining:
     token_budget: int = identity(0, doc="padded tokens per forward pass, in place of per_device_batch_size; 0: off")
     group_by_length: bool = identity(False, doc="steps of rows of similar length: less padding, less even chance")
     rows: int = identity(0, doc="warm-up rows, drawn from the pool; 0: the share subset_ratio")
-    subset_ratio: float = identity(1.0, doc="share of the pool that is trained on, where rows is 0")
+    subset_ratio: float | None = identity(
+        None, doc="share of the pool that is trained on, where rows is 0; default: 1 of data=, 0.025 of dataset.*"
+    )
     max_length: int = identity(1024, doc="tokens of a row; the rest is cut off")
     full_sequence_prediction: bool = identity(True, doc="cross-entropy of user and assistant text; false: answers only")
     mask_special_tokens: bool = identity(True, doc="no cross-entropy of role tags")
@@ -102,7 +107,8 @@ class WarmupConfig(StageConfig):
     """Configuration of `warmup`."""
 
     selector_model: SelectorModel = group(SelectorModel)
-    data: str = input_(doc="the pool, or ingest's output_dir")
+    data: str = input_("", doc="the pool, or ingest's output_dir; without it dataset.* is ingested first")
+    dataset: DatasetConfig = group(DatasetConfig)
     holdout: str = input_("", doc="held-out rows to evaluate on (ingest's output_dir, or its holdout); default: none")
     recipe: str = identity("observer", doc="what belongs together: observer (ours) or legacy (the predecessor's)")
     allow_code: list[str] = execution([], doc="import paths of your own loss or trash expert that may be called")
@@ -137,7 +143,7 @@ class WarmupConfig(StageConfig):
             raise UserError(
                 f"training.batch_size={t.batch_size} is not a multiple of per_device_batch_size={t.per_device_batch_size}"
             )
-        if not 0 < t.subset_ratio <= 1 or t.rows < 0:
+        if not 0 < self.share <= 1 or t.rows < 0:
             raise UserError("training.subset_ratio must be above 0 and at most 1, training.rows at least 0")
         if not 0 < t.learning_rate <= 1:
             raise UserError(f"training.learning_rate={t.learning_rate} must be above 0 and at most 1")
@@ -183,6 +189,8 @@ class WarmupConfig(StageConfig):
         for name, reader in unread.items():
             if getattr(t, name) != getattr(default, name):
                 raise UserError(f"training.{name} is read with {reader} only: leave it out, or give that")
+        if self.data and self.dataset != DatasetConfig():
+            raise UserError("dataset.* is read without data= only: leave out one of them")
         if names_code(self.loss) and t.quality_loss_params:
             raise UserError(f"training.quality_loss_params is not read: the loss is {self.loss}")
         code = [name for name in (self.loss, self.selector_model.trash_expert) if names_code(name)]
@@ -193,6 +201,12 @@ class WarmupConfig(StageConfig):
     def loss(self) -> str:
         """The quality loss in force."""
         return self.training.quality_loss_type or RECIPES[self.recipe][1]
+
+    @property
+    def share(self) -> float:
+        """The share of the pool that is trained on, where no number of rows is given."""
+        given = self.training.subset_ratio
+        return (1.0 if self.data else SUBSET) if given is None else given
 
     @property
     def train_routers(self) -> bool:
@@ -217,7 +231,7 @@ def choose_rows(rows: list[pool.Row], config: WarmupConfig) -> list[pool.Row]:
     Raises:
         UserError: more rows are asked for than there are.
     """
-    wanted = config.training.rows or max(1, round(config.training.subset_ratio * len(rows)))
+    wanted = config.training.rows or max(1, round(config.share * len(rows)))
     if wanted > len(rows):
         raise UserError(f"training.rows={wanted}: the pool has {len(rows)}")
     return drawn(rows, wanted, f"warmup:{config.seed}")
@@ -230,6 +244,19 @@ def drawn(rows: list[pool.Row], wanted: int, salt: str) -> list[pool.Row]:
         return hashlib.sha256(f"{salt}:{row.dataset}:{row.id}".encode("utf-8", "surrogatepass")).digest()
 
     return sorted(sorted(rows, key=place)[:wanted], key=lambda row: row.key)
+
+
+def ingested(config: WarmupConfig) -> str:
+    """The pool of `dataset.*`, made below the output's work: it is gone when the training is done.
+
+    Raises:
+        UserError: there are no such rows, or several processes would each make it.
+    """
+    if distributed.world() > 1:
+        raise UserError("several processes need data=: run `selectmoe ingest dataset.*` first and give its output_dir")
+    place = str(Path(config.output_dir) / ".work" / "ingest")
+    datasets = values(config.dataset, "identity", "input")
+    return str(ingest.run(load(ingest.IngestConfig, {"dataset": datasets, "holdout": 0}, output_dir=place)))
 
 
 def prove(config: WarmupConfig) -> dict[str, Any]:
@@ -246,7 +273,7 @@ def prove(config: WarmupConfig) -> dict[str, Any]:
 
     t = config.training
     allowed_code.allow(config.allow_code)
-    where = str(pool.locate(config.data))
+    where = str(pool.locate(config.data or ingested(config)))
     held = str(pool.locate(config.holdout, "holdout")) if config.holdout else ""
     key, advice = "selector_model.path", "make one with `selectmoe convert`"
     source = resolve(config.selector_model.path, ("select_moe",), key, advice)

@@ -252,3 +252,20 @@ def test_spec7_08_fewer_micro_batches_than_processes_are_refused(observer, small
 def test_a_recipe_needs_its_gate_mode(observer, small_pool, tmp_path):
     with pytest.raises(UserError, match="gate_mode=applied"):
         warmup.run(config(observer, small_pool, tmp_path / "w", "legacy"))
+
+
+def test_datasets_are_ingested_where_no_pool_is_given(observer, small_pool, tmp_path):
+    """A fortieth of them by default, as the predecessor had it; the pool is gone with the work."""
+    fields = {"training": {"rows": 0, "batch_size": 4, "epochs": 1}, "dataset": {"local": {"dataset_names": ["a"]}}}
+    given = {"selector_model.path": observer, "output_dir": str(tmp_path / "w")}
+    given["dataset.local.data_dir"] = str(Path(small_pool).parent / "data")
+    out = warmup.run(load(warmup.WarmupConfig, fields, **given))
+    assert read_manifest(out).rows == {"in": 20, "out": 1, "dropped": {"not a warm-up row": 19}}
+    assert not (out / ".work").exists()
+    with pytest.raises(UserError, match=r"dataset\.\* is read without data= only"):
+        load(warmup.WarmupConfig, fields, data=str(small_pool), **given)
+    given["dataset.local.data_dir"] = str(tmp_path / "nowhere")
+    given["output_dir"] = str(tmp_path / "v")
+    with pytest.raises(UserError, match="does not exist"):
+        warmup.run(load(warmup.WarmupConfig, fields, **given))
+    assert not (tmp_path / "v").exists()
