@@ -7,7 +7,7 @@ TARGET ?= cpu
 TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
+.PHONY: help setup run down test unit model-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
         image image-test chart-test sbom licences clean bench-s3 bench-convert kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
@@ -27,6 +27,9 @@ test: lint types unit integration docs-test ## the tests that need no root, in s
 
 unit: setup ## fast tests, no servers
 	@$(PYTHON) -m pytest tests/unit components -q --ignore-glob='*/test_component_local.py'
+
+model-test: setup ## transformers' own model tests and what else a transformers model promises (fetches its sdist once)
+	@$(PYTHON) -m pytest tests/models -q -rs -W ignore --dist load
 
 components-test: setup ## every component alone through KFP's local runner, with its unit tests
 	@$(PYTHON) -m pytest components -q

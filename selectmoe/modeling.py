@@ -42,9 +42,13 @@ from transformers.models.olmoe.modeling_olmoe import (
     OlmoeForCausalLM,
     OlmoeModel,
     OlmoePreTrainedModel,
+    OlmoeRMSNorm,
+    OlmoeRotaryEmbedding,
     OlmoeTopKRouter,
     load_balancing_loss_func,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -144,7 +148,7 @@ class SelectMoePreTrainedModel(OlmoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for the decorator in this file; OlmoeExperts has it
+        return True  # transformers looks for `@use_experts_implementation` in this file; OlmoeExperts has it
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -167,8 +171,14 @@ class SelectMoeModel(SelectMoePreTrainedModel, OlmoeModel):
 
     def __init__(self, config: SelectMoeConfig) -> None:
         """Build the model with fresh weights."""
-        super().__init__(config)
+        super(OlmoeModel, self).__init__(config)  # not OlmoeModel's own, which would build OLMoE's layers first
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([SelectMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = OlmoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     @can_return_tuple
@@ -176,8 +186,12 @@ class SelectMoeModel(SelectMoePreTrainedModel, OlmoeModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """As `OlmoeModel.forward`, no lm_head.
 
@@ -187,7 +201,10 @@ class SelectMoeModel(SelectMoePreTrainedModel, OlmoeModel):
         """
         record = self.config.output_router_logits if output_router_logits is None else output_router_logits
         kwargs |= {"output_router_logits": record, "output_quality_score": record, "return_dict": True}
-        outputs: MoeModelOutputWithPast = super().forward(input_ids, attention_mask, **kwargs)
+        kwargs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        outputs: MoeModelOutputWithPast = super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, **kwargs
+        )
         if record:
             outputs["moe_logits"] = tuple(logits.float() for logits in outputs.router_logits)
         return outputs
@@ -215,8 +232,10 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
 
     def __init__(self, config: SelectMoeConfig) -> None:
         """Build the model with fresh weights."""
-        super().__init__(config)
+        super(OlmoeForCausalLM, self).__init__(config)  # as above
         self.model = SelectMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -233,7 +252,7 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
         logits_to_keep: int | Tensor = 0,
         row_labels: Tensor | None = None,
         answer_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SelectMoeOutput:
         """As `OlmoeForCausalLM.forward`; with labels and `output_router_logits` the loss is that of `selectmoe.losses`.
 
@@ -243,7 +262,8 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
             position_ids: as OLMoE's.
             past_key_values: as OLMoE's.
             inputs_embeds: as OLMoE's.
-            labels: [B, T], -100 is not learned. `num_items_in_batch` (learned tokens of the global step) normalises.
+            labels: [B, T], -100 is not learned. `num_items_in_batch` (learned tokens of the global step) normalises;
+                `shift_labels` replaces labels that are not yet aligned.
             use_cache: as OLMoE's.
             output_router_logits: also give scores and router logits, and add their losses.
             logits_to_keep: as OLMoE's.
@@ -255,7 +275,7 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
             UserError: the configured quality loss is unknown or lacks its arguments.
         """
         record = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        items = kwargs.pop("num_items_in_batch", None)
+        items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         base = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -278,7 +298,7 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
             moe_logits=base.get("moe_logits"),
         )
         if labels is not None:
-            out.ce_loss = out.loss = self._cross_entropy(logits, labels, row_labels, items)
+            out.ce_loss = out.loss = self._cross_entropy(logits, labels, shifted, row_labels, items)
         if record:
             valid = None  # of these tokens: the mask also covers what a cache holds
             if attention_mask is not None and attention_mask.dim() == 2:
@@ -292,13 +312,22 @@ class SelectMoeForCausalLM(SelectMoePreTrainedModel, OlmoeForCausalLM):
                 out.loss = out.loss + self._router_losses(out, valid, row_labels, answer_mask).to(out.loss.device)
         return out
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, row_labels: Tensor | None, items: Any) -> Tensor:
-        """Shifted next-token cross-entropy over the learned tokens of clean rows; zero where there is none."""
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, shifted: Tensor | None, row_labels: Tensor | None, items: Any
+    ) -> Tensor:
+        """Next-token cross-entropy over the learned tokens of clean rows; zero where there is none.
+
+        `shifted` [B, T], aligned with the logits already, takes the place of `labels` where the text is split over devices.
+        """
+        if shifted is None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         if row_labels is not None:
-            labels = labels.masked_fill((row_labels == 0).to(labels.device)[:, None], -100)
+            shifted = shifted.masked_fill((row_labels == 0).to(shifted.device)[:, None], -100)
         if items is None:
-            items = (labels[:, 1:] != -100).sum().clamp(min=1)
-        loss: Tensor = self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items)
+            items = (shifted != -100).sum().clamp(min=1)
+        loss: Tensor = self.loss_function(
+            logits, None, self.vocab_size, num_items_in_batch=items, shift_labels=shifted.contiguous()
+        )
         return loss
 
     def _router_losses(
