@@ -274,6 +274,7 @@ class Trial:
             self.tools.run("kubectl", "uncordon", *keeps, log=log)
             words = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--grace-period=5", "--timeout=180s")
             self.tools.run("kubectl", "drain", pod.node, *words, log=log)
+            self.tools.run("kubectl", "uncordon", pod.node, log=log)  # a laptop may need it for the stages that follow
 
         with ExitStack() as stack:
             for name in (*keeps, *others):

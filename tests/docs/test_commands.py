@@ -2,7 +2,7 @@
 
 Blocks marked `bash` or `python` are run. Blocks marked `bash long`, `bash cluster` or `bash image` are checked: every make
 target, every `selectmoe` stage and every key in them exists. Those marked `bash image` are run by `make image-test`; what
-`bash cluster` has of helm and kubectl is rendered and looked up by `make chart-test` (tests/chart/test_docs.py).
+`bash cluster` has of helm and kubectl is rendered and looked up by `make chart-test` (tests/chart/test_pages.py).
 """
 
 import dataclasses

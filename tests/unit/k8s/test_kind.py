@@ -150,7 +150,7 @@ def test_a_daemon_that_does_not_answer(world: World, capsys: pytest.CaptureFixtu
 def test_too_little_memory_is_said_before_anything_is_made(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world["machine"] = [4, 6 * 2**30]
     assert kind.main(["up"]) == 2
-    assert "6.0 GiB of memory here, 10 GiB are needed" in capsys.readouterr().err
+    assert "6.0 GiB of memory here, 12 GiB are needed" in capsys.readouterr().err
     assert not world.called("kind", "create")
 
 
@@ -163,11 +163,11 @@ def test_the_failure_of_one_thing_ends_the_others(world: World, capsys: pytest.C
     assert not world["releases"]
 
 
-def test_workers_share_the_memory(world: World) -> None:
+def test_a_quarter_of_the_memory_is_reserved_on_each_node(world: World) -> None:
     assert kind.main(["up"]) == 0
     config = yaml.safe_load(world["clusters"]["select-moe"]["config"])
     reserved = [yaml.safe_load(patch)["systemReserved"] for patch in config["kubeadmConfigPatches"][1:]]
-    assert reserved == [{"memory": f"{9 * 1024}Mi"}], "two workers with 7 of 16 GiB each, 2 for the control plane"
+    assert reserved == [{"memory": f"{4 * 1024}Mi"}]
 
 
 @pytest.mark.parametrize(

@@ -201,10 +201,11 @@ def test_a_drain_moves_tasks_only_and_leaves_no_node_cordoned(
     assert [call[2] for call in world.called("kubectl", "drain")] == ["select-moe-worker2"]
     assert not any(node["cordoned"] for node in world.nodes().values())
     order = [call[1:3] for call in world["calls"] if call[1] in ("cordon", "uncordon", "drain")]
-    assert order[:3] == [
+    assert order[:4] == [
         ["cordon", "select-moe-worker"],
         ["uncordon", "select-moe-worker"],
         ["drain", "select-moe-worker2"],
+        ["uncordon", "select-moe-worker2"],
     ], "tasks go to the worker that is drained, and from there to the other one"
 
 
@@ -282,7 +283,12 @@ def test_run_follows_and_says_what_came_of_it(
     assert "verdict: no evidence" in said
     assert "identity 1d" in said
     (run,) = kfp.runs
-    assert run.runtime_config.parameters == {"preset": "quick", "seeds": 3, "config": ["demo_dir=/models/demo"]}
+    assert run.runtime_config.parameters == {
+        "preset": "quick",
+        "seeds": 3,
+        "shards": 2,
+        "config": ["demo_dir=/models/demo"],
+    }
     capsys.readouterr()
     assert kind.run(*here, {"preset": "quick", "seeds": "3"}) == 0
     assert "executed: check\n" in capsys.readouterr().out

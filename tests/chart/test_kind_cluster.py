@@ -1,4 +1,4 @@
-"""k8s/kind with real helm and kubectl: what kind-up installs fits what the chart renders. `pytest tests/chart/test_kind.py`."""
+"""k8s/kind with real helm and kubectl: what kind-up installs fits what the chart renders. `pytest tests/chart/test_kind_cluster.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages say of helm and kubectl, with the real programs: `pytest tests/chart/test_docs.py`.
+"""What the pages say of helm and kubectl, with the real programs: `pytest tests/chart/test_pages.py`.
 
 Every `helm install` or `upgrade` of the chart is rendered with the values that it names; every object of the chart that a
 `kubectl` command names is in a rendering; every value in a table or a sentence (`like.this`) is one of the chart's.
