@@ -1,4 +1,4 @@
-"""k8s/images.py against a stand-in that speaks the registries' protocol: `pytest tests/unit/k8s/test_images.py`."""
+"""k8s/images.py against a stand-in that speaks the registries' protocol: `pytest tests/unit/k8s/test_images_lock.py`."""
 
 from __future__ import annotations
 
