@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -15,10 +16,11 @@ import chart
 import pytest
 import workloads
 import yaml
-from chart import CHART
+from chart import CHART, ROOT
 from manifests import Doc, labels, named, pods
 
 from helm import readme
+from pipelines import profile
 
 EFFECTS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "effects.yaml").read_text(encoding="utf-8"))
 VALUES = readme.read(CHART / "values.yaml")
@@ -144,3 +146,18 @@ def test_common_labels_and_annotations_are_on_every_object() -> None:
         assert labels(doc)["team"] == "data"
         assert doc["metadata"]["annotations"]["example.org/contact"] == "us"
         assert "team" not in ((doc.get("spec") or {}).get("selector") or {}).get("matchLabels", {})
+
+
+def test_the_schema_knows_the_pipeline_s_parameters_stages_and_profile() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    compiled = next(yaml.safe_load_all((ROOT / "pipelines/select_moe/pipeline.yaml").read_text(encoding="utf-8")))
+    parameters = compiled["root"]["inputDefinitions"]["parameters"]
+    types = {"STRING": "string", "NUMBER_INTEGER": "integer", "NUMBER_DOUBLE": "number", "BOOLEAN": "boolean"}
+    types |= {"LIST": "array", "STRUCT": "object"}
+    known = {name: item["type"] for name, item in schema["definitions"]["parameters"]["properties"].items()}
+    assert known == {name: types[item["parameterType"]] for name, item in parameters.items()}
+    own = schema["properties"]["pipeline"]["properties"]["profile"]["properties"]
+    assert set(own["timeouts"]["properties"]) == {"default", *profile.STAGES}
+    assert set(own["resources"]["properties"]) == set(profile.STAGES)
+    given = {"image", "development", "image_pull_policy", "image_pull_secrets", "scratch", "model_cache"}
+    assert set(own) == {field.name for field in dataclasses.fields(profile.Profile)} - given
