@@ -144,11 +144,12 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    from selectmoe.device import deterministic, require_finite, set_threads
+    from selectmoe.device import deterministic, pick_device, require_finite, set_threads
     from selectmoe.progress import progress
 
     set_threads(config.threads)
     deterministic(config.seed)
+    device = pick_device()
     tokenizer = template.load_tokenizer(tokenizer_dir)
     encoded = template.encode_many(rows, tokenizer, config.max_length)
     model = OlmoeForCausalLM(
@@ -165,11 +166,11 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     start = 0
     if (data := out.work.get(STATE)) is not None:
-        state = torch.load(io.BytesIO(data), weights_only=True)
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = int(state["step"])
@@ -177,8 +178,8 @@ def train(rows: list[pool.Row], tokenizer_dir: Path, config: PretrainConfig, out
     for step in progress(range(start, config.steps), "pretrain", total=config.steps - start, unit="step"):
         chosen = random.Random(f"{config.seed}:{step}").choices(encoded, k=config.batch_size)
         width = max(map(len, chosen))
-        ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (width - len(e)) for e in chosen])
-        mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in chosen])
+        ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (width - len(e)) for e in chosen], device=device)
+        mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in chosen], device=device)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / config.steps)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
