@@ -2,11 +2,11 @@
 # The seed's wrapper around the conversion, as it was: bash scripts/convert.sh [--save-path DIR] [--source-model M] [--dtype D]
 # Today: selectmoe convert source_model=allenai/OLMoE-1B-7B-0125 output_dir=DIR
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-$here/../.venv/bin/python}
-[[ -x $python ]] || python=python3
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+[ -x "$python" ] || python=python3
 case " $* " in
   *" --save-path"*) ;;
   *) set -- --save-path ./converted_models/select_moe_converted_OLMoE-1B-7B-0125 "$@" ;;
 esac
-exec "$python" "$here/convert_olmoe_to_select_moe.py" "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" "$root/scripts/convert_olmoe_to_select_moe.py" "$@"
