@@ -215,6 +215,7 @@ def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     budget = parse_budget(config.budget)
     common = {"seed": config.seed, "threads": config.threads}
     extra: dict[str, dict[str, Any]] = {"select": budget, "baseline": dict(budget)}
+    extra["verify"] = {"dtype": config.convert.dtype}
     extra["baseline"] |= {
         "arms": [arm for arm in config.arms if arm != "selected"],
         "seeds": list(range(config.seeds)),

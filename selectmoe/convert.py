@@ -2,6 +2,7 @@
 
     selectmoe convert source_model=allenai/OLMoE-1B-7B-0125 output_dir=out/convert
     selectmoe convert source_model=s3://models/olmoe output_dir=s3://models/select-moe
+    selectmoe convert source_model=out/convert apply.weights=out/warmup apply.gain=0.3 output_dir=out/applied
 
 In: an OLMoE checkpoint (a folder, on S3 or the hub), in the original layout (one tensor per expert) or with fused
 experts. Out: shards of the same names with the same tensors, bits and dtype; in the last one also
@@ -15,11 +16,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selectmoe import checkpoint, shards, stage
+from selectmoe import cache, checkpoint, shards, stage
 from selectmoe.config import StageConfig, group, identity, input_
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.progress import progress
@@ -52,6 +53,17 @@ class GateOptions:
 
 
 @dataclass
+class ApplyOptions:
+    """Turn the observers of a Select-MoE checkpoint into applied gates: g = sigmoid(gain * s + bias)."""
+
+    gain: float | None = identity(
+        None, doc="give it to do so (0.3): what scores are multiplied by; source_model is then a Select-MoE checkpoint"
+    )
+    bias: float = identity(3.0, doc="what is then added: the larger, the more of the MoE's output stays")
+    weights: str = input_("", doc="trained gates: warmup's output or its file; default: those in the checkpoint")
+
+
+@dataclass
 class ConvertConfig(StageConfig):
     """Configuration of `convert`."""
 
@@ -60,9 +72,10 @@ class ConvertConfig(StageConfig):
     )
     dtype: str = identity("keep", doc="dtype of the original tensors: keep (bit for bit), float32, bfloat16, float16")
     model: GateOptions = group(GateOptions)
+    apply: ApplyOptions = group(ApplyOptions)
 
     def validate(self) -> None:
-        """Refuse an unknown dtype or a negative spread; the model's own names are checked by its config.
+        """Refuse what is unknown, negative or would not be read; the model's own names are checked by its config.
 
         Raises:
             UserError: a value is out of its range.
@@ -71,6 +84,19 @@ class ConvertConfig(StageConfig):
             raise UserError(f"dtype={self.dtype} is unknown; known: {', '.join(DTYPES)}")
         if self.model.quality_gate_init_std < 0:
             raise UserError(f"model.quality_gate_init_std={self.model.quality_gate_init_std} must not be negative")
+        self._check_apply()
+
+    def _check_apply(self) -> None:
+        if self.apply.gain is None:
+            if self.apply.weights or self.apply.bias != ApplyOptions().bias:
+                raise UserError(
+                    "apply.weights and apply.bias are read with apply.gain only: give it, or leave them out"
+                )
+            return
+        if not self.apply.gain > 0 or self.apply.gain == float("inf"):
+            raise UserError(f"apply.gain={self.apply.gain} must be above 0: it keeps the order of the scores")
+        if replace(self.model, trash_expert_mode=GateOptions().trash_expert_mode) != GateOptions():
+            raise UserError("with apply.gain only model.trash_expert_mode is read: the gates are there already")
 
 
 def run(config: ConvertConfig) -> Path | str:
@@ -85,14 +111,19 @@ def run(config: ConvertConfig) -> Path | str:
         Unavailable: the disk is full.
     """
     config.validate()
-    source = checkpoint.resolve(config.source_model, ("olmoe",), "source_model", "only OLMoE models can be converted")
-    converted = select_moe_config(source.config, config)
+    applying = config.apply.gain is not None
+    kind, advice = "olmoe", "only OLMoE models can be converted"
+    if applying:
+        kind, advice = "select_moe", "apply.gain is for what `convert` made of one"
+    source = checkpoint.resolve(config.source_model, (kind,), "source_model", advice)
+    converted = applied_config(source, config) if applying else select_moe_config(source.config, config)
     stored = source.tensors()
-    check_tensors(source, stored, f"source_model={config.source_model}")
-    inputs = {"source_model": str(source.path)}
+    check_tensors(source, stored, f"source_model={config.source_model}", gates=applying)
+    gates = applied_gates(source, stored, config) if applying else fresh_gates(converted, config.seed)
+    inputs = {"source_model": str(source.path), "weights": config.apply.weights}
     with stage.begin(STAGE, VERSION, config, inputs=inputs, resume=True) as out:
         if not out.done:
-            plan = planned_shards(source, stored, converted, config)
+            plan = planned_shards(source, stored, gates, config.dtype)
             _require_space(plan, out)
             for name in progress(plan, "convert", unit="shard"):
                 if not out.has(name):
@@ -134,13 +165,78 @@ def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[s
     return converted
 
 
-def check_tensors(source: checkpoint.Source, stored: dict[str, Stored], where: str) -> None:
-    """Prove from the shards' headers that they hold the model that the config describes.
+def applied_config(source: checkpoint.Source, config: ConvertConfig) -> dict[str, Any]:
+    """The `config.json` of an observer's checkpoint with its gates applied.
 
     Raises:
-        UserError: a tensor is missing or has another shape, the index lies, or there are quality gates already.
+        UserError: they are applied already.
+    """
+    if source.config.get("gate_mode") != "observer":
+        raise UserError(f"source_model={config.source_model} has gate_mode={source.config.get('gate_mode')} already")
+    options = {"gate_mode": "applied", "trash_expert_mode": config.model.trash_expert_mode}
+    return source.config | options | ({} if config.dtype == "keep" else {"dtype": config.dtype})
+
+
+def applied_gates(source: checkpoint.Source, stored: dict[str, Stored], config: ConvertConfig) -> dict[str, Tensor]:
+    """The gates of an observer, trained ones where they are named, scaled and shifted; trained routers unchanged.
+
+    Raises:
+        UserError: the trained weights are none, or another model's.
+    """
+    import torch
+
+    from selectmoe.router_weights import check_origin, read_router_weights
+
+    found = {
+        name: torch.frombuffer(bytearray().join(tensor.chunks()), dtype=torch.float32).reshape(tensor.shape)
+        for name, tensor in stored.items()
+        if ".quality_gate." in name
+    }
+    if config.apply.weights:
+        place = str(cache.locate(config.apply.weights, "apply.weights")[0])
+        check_origin(place, str(source.path))
+        trained = read_router_weights(place)
+        odd = sorted(found.keys() - trained.keys())
+        odd += sorted(n for n, t in trained.items() if n not in stored or stored[n].shape != tuple(t.shape))
+        if odd:
+            raise UserError(f"apply.weights={config.apply.weights} does not fit source_model: see {odd[0]}")
+        found |= trained
+    assert config.apply.gain is not None
+    for name, tensor in found.items():
+        if ".quality_gate." in name:
+            shift = config.apply.bias if name.endswith("bias") else 0.0
+            found[name] = tensor.float() * config.apply.gain + shift
+        else:  # a router, which was trained in float32
+            kept = shards.FLOATS[stored[name].dtype]
+            found[name] = tensor.to(getattr(torch, kept if config.dtype == "keep" else config.dtype))
+    return found
+
+
+def fresh_gates(converted: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Weight and bias of every layer's gate, as the config asks for them."""
+    found: dict[str, Tensor] = {}
+    for layer in range(int(converted["num_hidden_layers"])):
+        found |= zip((gate_name(layer, "weight"), gate_name(layer, "bias")), initial_gate(layer, converted, seed))
+    return found
+
+
+def check_tensors(source: checkpoint.Source, stored: dict[str, Stored], where: str, gates: bool = False) -> None:
+    """Prove from the shards' headers that they hold the model that the config describes.
+
+    Args:
+        source: the checkpoint.
+        stored: its tensors.
+        where: how the user named it, for messages.
+        gates: whether there must be quality gates, or must not.
+
+    Raises:
+        UserError: a tensor is missing or has another shape, or the index lies.
     """
     expected = olmoe_shapes(source.config, fused="model.layers.0.mlp.experts.gate_up_proj" in stored)
+    hidden, layers = int(source.config["hidden_size"]), range(int(source.config["num_hidden_layers"]))
+    if gates:
+        expected |= {gate_name(layer, "weight"): (1, hidden) for layer in layers}
+        expected |= {gate_name(layer, "bias"): (1,) for layer in layers}
     if missing := sorted(set(expected) - set(stored)):
         raise UserError(
             f"{where} lacks {len(missing)} of the {len(expected)} tensors of its config, {missing[0]} first"
@@ -150,8 +246,8 @@ def check_tensors(source: checkpoint.Source, stored: dict[str, Stored], where: s
             raise UserError(f"{where}: {name} has shape {list(stored[name].shape)}, its config says {list(shape)}")
     if wrong := source.misplaced(stored):
         raise UserError(f"{where}: {checkpoint.INDEX} is wrong about {wrong[0]}: make it anew from the shards")
-    if gates := sorted(name for name in stored if ".quality_gate." in name):
-        raise UserError(f"{where} holds {gates[0]}: it was converted before")
+    if not gates and (there := sorted(name for name in stored if ".quality_gate." in name)):
+        raise UserError(f"{where} holds {there[0]}: it was converted before")
 
 
 def olmoe_shapes(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ...]]:
@@ -194,16 +290,25 @@ def olmoe_shapes(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ..
 
 
 def planned_shards(
-    source: checkpoint.Source, stored: dict[str, Stored], converted: dict[str, Any], config: ConvertConfig
+    source: checkpoint.Source, stored: dict[str, Stored], gates: dict[str, Tensor], dtype: str
 ) -> dict[str, list[Planned]]:
-    """What every shard of the result holds: that of the same name in the source, and in the last one the gates too."""
+    """What every shard of the result holds: that of the same name in the source; gates that are new, the last one.
+
+    Args:
+        source: the checkpoint.
+        stored: its tensors.
+        gates: tensors that are added, or take the place of the source's.
+        dtype: of the source's tensors; keep: theirs.
+    """
     plan: dict[str, list[Planned]] = {path.name: [] for path in source.shards}
     for name, tensor in stored.items():
-        keep = config.dtype == "keep"
-        plan[tensor.path.name].append(shards.copied(name, tensor) if keep else shards.cast(name, tensor, config.dtype))
-    for layer in range(int(converted["num_hidden_layers"])):
-        for kind, gate in zip(("weight", "bias"), initial_gate(layer, converted, config.seed), strict=True):
-            plan[source.shards[-1].name].append(shards.given(gate_name(layer, kind), gate))
+        if name not in gates:
+            plan[tensor.path.name].append(
+                shards.copied(name, tensor) if dtype == "keep" else shards.cast(name, tensor, dtype)
+            )
+    for name, gate in gates.items():
+        place = stored[name].path.name if name in stored else source.shards[-1].name
+        plan[place].append(shards.given(name, gate))
     return {name: shards.aligned(tensors) for name, tensors in plan.items()}
 
 

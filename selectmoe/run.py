@@ -57,6 +57,8 @@ CONFIGS: dict[str, type[StageConfig]] = {
 
 MANAGED = {
     "": ("output_dir", "work_root", "seed"),
+    "convert": ("apply.gain", "apply.bias"),
+    "verify": ("dtype",),
     "route": ("shard.index", "shard.count"),
     "select": ("selection_percentage", "selection_rows", "selection_tokens"),
     "baseline": ("arms", "seeds", "selection_percentage", "selection_rows", "selection_tokens"),

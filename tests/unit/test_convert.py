@@ -17,11 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from selectmoe import cache, checkpoint, convert, shards
+from selectmoe.check import stage_configs
 from selectmoe.config import load
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.manifest import read_manifest
-from selectmoe.modeling import OriginalOlmoe, SelectMoeForCausalLM, realign
+from selectmoe.modeling import OriginalOlmoe, SelectMoeForCausalLM, apply_gates, realign
+from selectmoe.router_weights import router_parameters, save_router_weights
+from selectmoe.run import RunConfig
 from selectmoe.storage import S3Store
+from tests.integration.stand_ins import Hub
 
 WORDS = ["<eos>", "<pad>", "<unk>", "the", "is", "of", "and", "to", "it", "in", "a", "."]
 
@@ -335,6 +339,75 @@ def test_no_tokenizer_is_said(tmp_path: Path, capsys: Any) -> None:
         (source / name).unlink(missing_ok=True)
     convert.run(config(source, tmp_path / "out"))
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_an_observer_becomes_an_applied_gate_and_trained_weights_come_along(tmp_path: Path) -> None:
+    source = olmoe(tmp_path / "olmoe", torch.bfloat16)
+    observer = convert.run(config(source, tmp_path / "observer"))
+    model = SelectMoeForCausalLM.from_pretrained(observer)
+    with torch.no_grad():
+        for parameter in router_parameters(model).values():
+            parameter.add_(0.5)
+    (tmp_path / "trained").mkdir()
+    save_router_weights(model, tmp_path / "trained")
+    asked = {"gain": 0.3, "bias": 2.0, "weights": str(tmp_path / "trained")}
+    out = convert.run(config(observer, tmp_path / "applied", apply=asked))
+    apply_gates(model, 0.3, 2.0)
+    applied = SelectMoeForCausalLM.from_pretrained(out)
+    assert applied.config.gate_mode == "applied"
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(applied(ids).logits, model(ids).logits)
+    before, after = (dict(checkpoint.read_tensors(path)) for path in (source, out))
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor) == (not name.endswith("mlp.gate.weight"))
+    bare = dict(checkpoint.read_tensors(convert.run(config(observer, tmp_path / "bare", apply={"gain": 2.0}))))
+    was = dict(checkpoint.read_tensors(observer))
+    assert torch.equal(bare[convert.gate_name(0, "weight")], was[convert.gate_name(0, "weight")] * 2)
+    assert bare[convert.gate_name(0, "bias")] == 3
+
+    for path, keys, message in (
+        (source, {"gain": 1.0}, "expected select_moe"),
+        (out, {"gain": 1.0}, "has gate_mode=applied already"),
+        (observer, {"gain": -1.0}, "must be above 0"),
+        (observer, {"bias": 1.0}, "read with apply.gain only"),
+        (observer, {"gain": 1.0, "weights": str(tmp_path / "observer")}, "do not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.run(config(path, tmp_path / "bad", apply=keys))
+    save_router_weights(torch.nn.Module(), tmp_path / "trained")
+    with pytest.raises(UserError, match="no router weights"):
+        convert.run(config(observer, tmp_path / "bad", apply=asked))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a server that speaks the hub's protocol, with nothing in the cache."""
+    from huggingface_hub import constants
+
+    source = olmoe(tmp_path / "olmoe")
+    (source / "LICENSE").write_text("Apache License")
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    hub = Hub(source)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("SELECTMOE_MODEL_CACHE", str(tmp_path / "cache"))
+    try:
+        out = convert.run(config(hub.NAME, tmp_path / "out"))
+    finally:
+        hub.close()
+    assert "pytorch_model.bin" not in hub.sent
+    assert (out / "LICENSE").read_text() == "Apache License"
+    before, after = (dict(checkpoint.read_tensors(path)) for path in (source, out))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_run_tells_verify_which_dtype_it_asked_convert_for() -> None:
+    run = load(RunConfig, {"convert": {"dtype": "bfloat16"}}, data="d", source_model="m", output_dir="o")
+    assert stage_configs(run)["verify"]["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"verify\.dtype is set by the run itself"):
+        load(RunConfig, {"verify": {"dtype": "bfloat16"}}, data="d", source_model="m", output_dir="o")
 
 
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
