@@ -142,6 +142,8 @@ class Profile:
     """Whether an image by tag will do: KFP's cache knows an image by its name only."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """What the pipeline's parameters are at this site unless a run says otherwise, work_root above all."""
+    run_as_non_root: bool = True
+    """Whether every task's container is refused where its user is root; false: the cluster decides."""
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -234,6 +236,8 @@ class Profile:
             wait = {"backoff_duration": self.retries.backoff, "backoff_max_duration": self.retries.longest}
             task.set_retry(self.retries.count, backoff_factor=self.retries.factor, **wait)
         kubernetes.use_field_path_as_env(task, runlog.RUN, "metadata.labels['pipeline/runid']")
+        if self.run_as_non_root:
+            kubernetes.set_security_context(task, run_as_non_root=True)
         kubernetes.set_image_pull_policy(task, self.image_pull_policy)
         if self.image_pull_secrets:
             kubernetes.set_image_pull_secrets(task, self.image_pull_secrets)

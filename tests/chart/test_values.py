@@ -160,4 +160,5 @@ def test_the_schema_knows_the_pipeline_s_parameters_stages_and_profile() -> None
     assert set(own["timeouts"]["properties"]) == {"default", *profile.STAGES}
     assert set(own["resources"]["properties"]) == set(profile.STAGES)
     given = {"image", "development", "image_pull_policy", "image_pull_secrets", "scratch", "model_cache"}
+    given |= {"run_as_non_root"}  # left at its default, true: no value takes it back
     assert set(own) == {field.name for field in dataclasses.fields(profile.Profile)} - given

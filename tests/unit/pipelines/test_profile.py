@@ -57,6 +57,7 @@ def test_every_task_runs_in_the_image_with_the_credentials(compiled: tuple[dict[
         assert task["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
         assert task["activeDeadlineSeconds"] in (str(86400), str(600), 86400, 600)
         assert task["fieldPathAsEnv"][0]["fieldPath"] == "metadata.labels['pipeline/runid']"
+        assert task["securityContext"] == {"runAsNonRoot": True}
 
 
 def test_only_tasks_that_use_an_accelerator_go_to_its_nodes(compiled: tuple[dict[str, Any], dict[str, Any]]) -> None:
