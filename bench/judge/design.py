@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.judge.foreign import NAME as OTHER_LANGUAGE
 from selectmoe.corruption import CORRUPTIONS
 from selectmoe.losses import LOSSES
 
-KINDS = tuple(CORRUPTIONS)
+KINDS = (*(kind for kind in CORRUPTIONS if kind != OTHER_LANGUAGE), OTHER_LANGUAGE)
 BIASES = (0.0, 3.0)
 WARM = ("clean", "contaminated")
 UNTRAINED = "none"
@@ -141,7 +142,7 @@ def smoke() -> Design:
         applied_losses=("sigmoid", "contrastive"),
         applied_seeds=1,
         replicates=100,
-        kinds=("shuffled", "swapped"),
+        kinds=("shuffled", OTHER_LANGUAGE),
         tiny=True,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.judge import applied, design, features, gates, page, pools, statistics
+from bench.judge import applied, design, features, foreign, gates, page, pools, statistics
 from bench.judge.design import Cell, Design
 from bench.judge.findings import Evaluation, choose
 from selectmoe import corruption, template
@@ -91,7 +91,7 @@ def test_grid_has_every_loss_mode_bias_and_seed():
             for bias in (0.0, 3.0):
                 seeds = {c.seed for c in cells if (c.mode, c.loss, c.bias) == (mode, loss, bias)}
                 assert len(seeds) >= (20 if (mode, loss) == ("observer", "none") else 3)
-    assert len(d.kinds) >= 5
+    assert len(d.kinds) >= 6
     assert not {*d.names("A")} & {*d.names("B")}
 
 
@@ -114,6 +114,16 @@ def rows(start: int, number: int) -> list[Row]:
         ]
         out.append(Row("d", content_id("d", messages), messages))
     return out
+
+
+def test_other_language_keeps_the_question_and_about_the_length():
+    row = rows(0, 1)[0]
+    one, other = (foreign.other_language(row, row, random.Random(seed)) for seed in (1, 2))
+    assert one == foreign.other_language(row, row, random.Random(1))
+    assert one.messages[0] == row.messages[0]
+    assert one.id != row.id != other.id != one.id
+    assert len(one.answers[0]) == pytest.approx(max(20, len(row.answers[0])), abs=2)
+    assert any(one.answers[0][:10] in reply for name in foreign.LANGUAGES for reply in foreign.replies(name))
 
 
 @pytest.fixture
@@ -139,7 +149,7 @@ def test_scored_rows_are_in_no_warm_up(small):
 
 def test_steps_leave_out_kinds_sources_and_clean_rows(small):
     d, pool = small
-    cell = Cell("A", "observer", "contrastive", 0.0, 1, "clean", 8, 0.1, left_out=("swapped",))
+    cell = Cell("A", "observer", "contrastive", 0.0, 1, "clean", 8, 0.1, left_out=(foreign.NAME,))
     used = {pool.bank[key].key: key[1] for key in pool.bank}
     steps = pools.steps(d, pool, cell)
     assert {used[row.key] for step in steps for row, label in step if not label} == {"shuffled"}
