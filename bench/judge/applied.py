@@ -29,15 +29,16 @@ def subset(d: Design, pool: StudyPool) -> list[Row]:
     return rows
 
 
-def convert_judge(base: Path, folder: Path, mode: str, bias: float, seed: int) -> Path:
+def convert_judge(d: Design, base: Path, folder: Path, mode: str, bias: float, seed: int) -> Path:
     """A Select-MoE checkpoint of an OLMoE-shaped one."""
-    given = {"model": {"gate_mode": mode, "quality_gate_init_bias": bias}, "seed": seed}
+    given = {"model": {"gate_mode": mode, "quality_gate_init_bias": bias}, "seed": seed, "threads": d.threads}
     return Path(convert.run(load(convert.ConvertConfig, given, source_model=str(base), output_dir=str(folder))))
 
 
 def route_pool(d: Design, judge: Path, weights: str, data: Path, folder: Path, rivals: bool) -> RouterData:
     """What a judge says about a pool; with the rivals' nll and ifd where they are asked for."""
     given = {"max_length": d.max_length, "token_budget": d.token_budget, "nll": rivals, "ifd": rivals}
+    given["threads"] = d.threads
     paths: dict[str, Any] = {"selector_model.path": str(judge), "data": str(data), "output_dir": str(folder)}
     return read_router_data(route.run(load(route.RouteConfig, {**given, "model_checkpoint_path": weights}, **paths)))
 
@@ -56,7 +57,7 @@ def warm_up(d: Design, cell: Cell, judge: Path, data: Path, folder: Path) -> Pat
     if cell.loss == "contrastive":
         training["corruptions"] = [kind for kind in d.kinds if kind not in cell.left_out]
     recipe = "legacy" if cell.mode == "applied" else "observer"
-    given = {"recipe": recipe, "seed": cell.seed, "training": training}
+    given = {"recipe": recipe, "seed": cell.seed, "training": training, "threads": d.threads}
     paths: dict[str, Any] = {"selector_model.path": str(judge), "data": str(data), "output_dir": str(folder)}
     return warmup.run(load(warmup.WarmupConfig, given, **paths))
 
@@ -75,7 +76,7 @@ def run(d: Design, cell: Cell, pool: StudyPool, base: Path, folder: Path) -> Rou
     for other in folder.glob("judge-*"):
         if other.name != name:  # one checkpoint at a time: they are large
             shutil.rmtree(other)
-    judge = convert_judge(base, folder / name, "applied", cell.bias, cell.seed)
+    judge = convert_judge(d, base, folder / name, "applied", cell.bias, cell.seed)
     data = publish(subset(d, pool), folder / f"rows-{cell.pool}")
     scratch = folder / "cell" / cell.name
     weights = ""

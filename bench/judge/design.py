@@ -94,15 +94,16 @@ class Design:
     rate: float = 3e-2
     epochs: int = 2
     batch: int = 8
-    applied_rows: int = 40
-    applied_clean: int = 96
-    applied_planted: int = 16
-    applied_rate: float = 1e-2
+    applied_rows: int = 32
+    applied_clean: int = 72
+    applied_planted: int = 12
+    applied_rate: float = 2e-2
     applied_losses: tuple[str, ...] = tuple(LOSSES)
     applied_seeds: int = 3
     token_budget: int = 2048
     replicates: int = 2000
     kinds: tuple[str, ...] = KINDS
+    threads: int = 0
     tiny: bool = False
 
     @property
@@ -143,6 +144,7 @@ def smoke() -> Design:
         applied_seeds=1,
         replicates=100,
         kinds=("shuffled", OTHER_LANGUAGE),
+        threads=1,
         tiny=True,
     )
 

@@ -125,9 +125,10 @@ def _head(r: Results) -> Iterator[str]:
     else:
         yield "```bash long\nmake study-judge\n```\n"
     d, rows = r["design"], r["rows"]
+    later = "" if r["commit_page"] == r["commit"] else f" (finished and written at `{r['commit_page']}`)"
     sources = "; ".join(f"{name}: {', '.join(names)}" for name, names in d["sources"])
     yield (
-        f"Commit `{r['commit']}`, {r['cores']} cores, {r['cells']} cells in {r['cell_seconds'] / 60:.0f} min (training and "
+        f"Commit `{r['commit']}`{later}, {r['cores']} cores, {r['cells']} cells in {r['cell_seconds'] / 60:.0f} min (training and "
         f"scoring; reading the rows comes on top). Written by the command from `{RESULTS}`, which holds every number. Judge: "
         f"{r['layers_of_judge']} layers{'' if r['smoke'] else ' (SmolLM2-135M-Instruct upcycled at full depth, 4 experts, top-1)'}. "
         f"Two pools without a common source ({sources}), "
@@ -366,6 +367,11 @@ def _controls(r: Results) -> Iterator[str]:
     yield f"- Largest difference between pooled scores from features and those of the stage `route` (all rows, layers): {error}."
 
 
+def reach(rate: float, steps: int) -> float:
+    """The sum of a rate's linear decay over some steps."""
+    return rate * (steps + 1) / 2
+
+
 def _how(r: Results) -> Iterator[str]:
     d = r["design"]
     yield "## What was done, and cut\n"
@@ -377,8 +383,10 @@ def _how(r: Results) -> Iterator[str]:
     yield (
         f"- Applied gates: `convert`, `warmup recipe=legacy` (through the model, routers trained too) and `route`, all layers, {d['applied_rows']} "
         f"warm-up rows, {d['epochs']} epochs, {d['applied_seeds']} seed(s), scored on {d['applied_clean']} clean rows and {d['applied_planted']} of "
-        f"each kind; rate {d['applied_rate']:g}, at which so few steps move a gate about as far as the predecessor's {design.SEED_RATE:g} does in "
-        "its several hundred (that rate is in the table of weights). A contaminated warm-up was run at bias 3 with `sigmoid` and `contrastive` "
+        f"each kind; rate {d['applied_rate']:g} falling to 0: AdamW moves a weight by at most the sum of its rates, here "
+        f"{reach(d['applied_rate'], d['applied_rows'] * d['epochs'] // d['batch']):.2f}; the predecessor's {design.SEED_RATE:g} over some 840 steps "
+        f"(2.5 % of 270,000 rows, 2 epochs, 16 a step) reaches {reach(design.SEED_RATE, 840):.2f} (that rate with our few steps is in the table "
+        "of weights). A contaminated warm-up was run at bias 3 with `sigmoid` and `contrastive` "
         "only; `contrastive` leaves out half of the kinds at a time instead of one. No in-sample number."
     )
     yield (

@@ -27,6 +27,7 @@ from bench.judge.design import UNTRAINED, Cell, Design
 from bench.judge.features import Features, hidden_states, read
 from selectmoe import demo, pretrain, template, upcycle
 from selectmoe.config import load
+from selectmoe.device import set_threads
 from selectmoe.modeling import load_judge
 from selectmoe.pool import Row
 from selectmoe.progress import progress
@@ -38,8 +39,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 PROBE_TOKENS = 1024
 OVERHEAD = {"observer": 0.3, "applied": 8.0}
 """Seconds of a cell that do not grow with its rows: opening files, loading the judge."""
-BACKWARD = 3.5
-"""A training step through the model in forward passes."""
+BACKWARD = 2.7
+"""A training step through the model in forward passes, measured."""
 BYTES_PER_SECOND = 3e9
 """At which features are read and multiplied, forward and backward."""
 
@@ -49,6 +50,7 @@ class Study:
 
     def __init__(self, folder: Path, design: Design) -> None:
         self.d = design
+        set_threads(design.threads)
         self.folder = folder / design.digest
         self.store = LocalStore(self.folder)
         self.pools = {name: pools.make_pool(design, name) for name, _ in design.sources}
@@ -67,6 +69,7 @@ class Study:
                 "steps": 4,
                 "vocab_size": 400,
                 "max_length": self.d.max_length,
+                "threads": self.d.threads,
             }
             out = str(self.folder / "base")
             return pretrain.run(load(pretrain.PretrainConfig, sizes, data=str(rows), output_dir=out))
@@ -84,7 +87,7 @@ class Study:
     @cached_property
     def judge(self) -> Path:
         """The observers' checkpoint; its own gates are those of bias 0 and seed 0."""
-        return applied.convert_judge(self.base, self.folder / "observer", "observer", 0.0, 0)
+        return applied.convert_judge(self.d, self.base, self.folder / "observer", "observer", 0.0, 0)
 
     def routed(self, pool: str) -> RouterData:
         """What `route` says about a pool's scored rows with untrained gates: nll, ifd, router probabilities, lengths."""
@@ -204,38 +207,39 @@ class Study:
         assert kept is not None
         return max(float(np.nanmax(np.abs(getattr(data, name) - kept[name]))) for name in gates.ARRAYS)
 
-    def estimate(self, observers: Sequence[Cell], through: Sequence[Cell]) -> float:
-        """Seconds that everything will take from an empty folder, after a look at how fast this machine reads."""
+    def estimate(self, cells: Sequence[Cell]) -> float:
+        """Say how long the cells that are missing will take, after a look at how fast this machine reads; in seconds."""
+        if not (todo := self.missing(cells)):
+            return 0.0
         tokenizer = template.load_tokenizer(self.judge)
-        rows = self.pools["A"].warm
-        encoded = template.encode_many(rows, tokenizer, self.d.max_length)
-        mean = sum(map(len, encoded)) / len(rows)
+        encoded = template.encode_many(self.pools["A"].warm, tokenizer, self.d.max_length)
+        mean = sum(map(len, encoded)) / len(encoded)
         model, probe = load_judge(self.judge, "cpu", torch.float32), encoded[: max(1, int(PROBE_TOKENS / mean))]
         hidden_states(model, probe[:2], tokenizer.pad_token_id)
         started = time.monotonic()
         hidden_states(model, probe, tokenizer.pad_token_id)
         rate = sum(map(len, probe)) / (time.monotonic() - started)
-        per_token = 4 * int(np.prod(self.shape()))
-        seconds = (
-            sum(3 * len(p.scored) + len(p.warm) + len(p.spoiled) + len(p.bank) for p in self.pools.values())
-            * mean
-            / rate
-        )
-        for cell in observers:
-            read_rows = 3 * self.d.epochs * cell.rows * (1.5 if cell.loss == "contrastive" else 1)
-            seconds += (read_rows + len(self.pools["A"].scored)) * mean * per_token / BYTES_PER_SECOND + OVERHEAD[
-                "observer"
-            ]
-        scored = len(applied.subset(self.d, self.pools["A"]))
-        for cell in through:
-            trained = BACKWARD * self.d.epochs * cell.rows * (2 if cell.loss == "contrastive" else 1)
-            seconds += (trained + scored) * mean / rate + OVERHEAD["applied"]
-        print(
-            f"study: {rate:.0f} tokens/s; about {seconds / 60:.0f} min from an empty folder",
-            file=sys.stderr,
-            flush=True,
-        )
+        forward = {name: 0 for name, p in self.pools.items() if self.store.get(f"features/{name}/done") is not None}
+        for name, p in self.pools.items():  # the scored rows once for the features, twice for the rivals
+            forward.setdefault(name, 3 * len(p.scored) + len(p.warm) + len(p.spoiled) + len(p.bank))
+        read = 4 * int(np.prod(self.shape())) / BYTES_PER_SECOND
+        seconds = sum(forward.values()) * mean / rate
+        for cell in todo:
+            rows = self.d.epochs * cell.rows * (2 if cell.loss == "contrastive" else 1)
+            if cell.mode == "observer":
+                seconds += (3 * rows + len(self.pools[cell.pool].scored)) * mean * read
+            else:
+                seconds += (
+                    (BACKWARD * rows + self.d.applied_clean + self.d.applied_planted * len(self.d.kinds)) * mean / rate
+                )
+            seconds += OVERHEAD[cell.mode]
+        words = f"study: {len(todo)} judges, about {seconds / 60:.0f} min at {rate:.0f} tokens/s"
+        print(words, file=sys.stderr, flush=True)
         return seconds
+
+    def tidy(self) -> None:
+        """Delete what is large and was only read by cells, which are finished."""
+        shutil.rmtree(self.folder / "features", ignore_errors=True)
 
 
 def transferred(cell: Cell, pool: str) -> str:
