@@ -41,7 +41,7 @@ def make(dense, pool, folder, **fields):
     return upcycle.run(
         load(
             upcycle.UpcycleConfig,
-            {"rows": 16, **fields},
+            {"rows": 16, "threads": 1, **fields},
             source_model=str(dense),
             data=str(pool),
             output_dir=str(folder),

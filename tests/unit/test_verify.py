@@ -38,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def check(original: Path, converted: Path, out: Path, **changes: Any) -> dict[str, Any]:
     paths = {"original_model": str(original), "converted_model": str(converted), "output_dir": str(out)}
-    config = load(verify.VerifyConfig, {"max_length": 16} | changes, **paths)
+    config = load(verify.VerifyConfig, {"max_length": 16, "threads": 1} | changes, **paths)
     report: dict[str, Any] = json.loads((verify.run(config) / "verify.json").read_text())
     return report
 
