@@ -8,7 +8,7 @@ TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run down test unit model-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
-        image image-test chart-test sbom licences clean bench-s3 bench-convert kind-up kind-run kind-test kind-logs kind-down images-lock
+        image image-test chart-test sbom licences clean bench-s3 bench-convert bench-forward bench-encoding kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -105,6 +105,12 @@ images-lock: setup ## write the registries' digests beside the tags in the chart
 
 bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
 	@$(PYTHON) -m bench.s3 $(ARGS)
+
+bench-forward: setup ## what quality gates cost a forward pass, as a ratio to OLMoE's of the same size
+	@$(PYTHON) -m bench.forward $(ARGS)
+
+bench-encoding: setup ## what the template's masks cost, as a ratio to plain tokenising
+	@$(PYTHON) -m bench.encoding $(ARGS)
 
 bench-convert: setup ## memory, time and a kill of converting a checkpoint of several GB made on the fly
 	@$(PYTHON) -m bench.convert $(ARGS)

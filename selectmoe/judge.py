@@ -47,7 +47,8 @@ class Judge:
         set_threads(config.threads)
         deterministic(config.seed)
         device = pick_device()
-        model = load_judge(config.selector_model.path, device, default_dtype(device))
+        chosen = config.selector_model
+        model = load_judge(chosen.path, device, default_dtype(device), chosen.trash_expert)
         if config.model_checkpoint_path:
             check_origin(config.model_checkpoint_path, config.selector_model.path)
             load_router_weights(model, config.model_checkpoint_path)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from selectmoe import stage
+from selectmoe import allowed_code, stage
 from selectmoe.batching import Batch, Unit, plan_batches, plan_digest, share, units
 from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.errors import UserError
@@ -55,6 +55,7 @@ class SelectorModel:
     """The judge."""
 
     path: str = input_(doc="Select-MoE checkpoint, from `convert`")
+    trash_expert: str = execution("", doc="import path of a custom trash expert (in allow_code too); default: its own")
 
 
 @dataclass
@@ -87,6 +88,7 @@ class RouteConfig(StageConfig):
         False, doc="also that of the answer without its question (score ifd; a second pass); needs nll"
     )
     shard: Shard = group(Shard)
+    allow_code: list[str] = execution([], doc="import path of your own trash expert, that it may be called")
 
     def validate(self) -> None:
         """Check lengths, budget and shard.
@@ -102,6 +104,9 @@ class RouteConfig(StageConfig):
             raise UserError(f"batch_size={self.batch_size}: at least 1 row is needed")
         if self.ifd and not self.nll:
             raise UserError("ifd=true needs nll=true: IFD is the ratio of the two")
+        named = [self.selector_model.trash_expert] if self.selector_model.trash_expert else []
+        if self.allow_code != named:
+            raise UserError(f"allow_code={self.allow_code} must be what is named and no more: {named}")
         if not 0 <= self.shard.index < self.shard.count:
             raise UserError(
                 f"shard.index={self.shard.index} must be from 0 to shard.count - 1 = {self.shard.count - 1}"
@@ -136,11 +141,14 @@ def run(config: RouteConfig) -> Path:
     pool = locate(config.data)
     index, count = config.shard.index, config.shard.count
     name = STAGE if count == 1 else f"{SHARD}{index}-of-{count}"
-    inputs = {
+    allowed_code.allow(config.allow_code)
+    inputs: dict[str, Any] = {
         "selector_model": config.selector_model.path,
         "router_weights": str(weights_input(config.model_checkpoint_path)) if config.model_checkpoint_path else "",
         "pool": str(pool),
     }
+    for path in config.allow_code:  # what it does is part of the identity, not where it lies
+        inputs["trash_expert"] = {"uri": path, "identity": allowed_code.source_digest(path)}
     with stage.begin(name, VERSION, config, inputs=inputs) as out:
         if out.done:
             return out.path

@@ -377,3 +377,31 @@ def test_another_run_s_output_is_refused(world: Path, tmp_path: Path) -> None:
             routed(world, tmp_path / "out", **other)
     assert sha256_file(shard / "manifest.json") == before
     assert routed(world, tmp_path / "out", shard__index=0, shard__count=2) == shard
+
+
+def half(hidden: torch.Tensor, training: bool) -> torch.Tensor:
+    return hidden / 2
+
+
+def test_a_custom_trash_expert_is_named_and_allowed_on_the_command_line_and_part_of_the_identity(
+    world: Path, tmp_path: Path
+) -> None:
+    judge = tmp_path / "applied"
+    shutil.copytree(world / "judge", judge, ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((judge / "config.json").read_text())
+    changed = {"gate_mode": "applied", "trash_expert_mode": "custom"}
+    (judge / "config.json").write_text(json.dumps(config | changed))
+    own = f"{__name__}:half"
+
+    def given(output: str, **settings: Any) -> RouteConfig:
+        config = config_of(world, tmp_path / output, **settings)
+        config.selector_model.path = str(judge)
+        return config
+
+    with pytest.raises(UserError, match=r"custom trash expert: name it with selector_model\.trash_expert="):
+        route.run(given("a"))
+    with pytest.raises(UserError, match=r"allow_code=\[\] must be what is named and no more"):
+        given("b", selector_model__trash_expert=own)
+    out = route.run(given("c", selector_model__trash_expert=own, allow_code=[own]))
+    assert read_manifest(out).inputs["trash_expert"]["uri"] == own
+    assert "trash_expert" not in json.dumps(read_manifest(out).config["identity"])
