@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ class Rendering:
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run helm or kubectl; its output is text."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    environment = os.environ | {"GOGC": "off"}  # a quarter of the time of a program that ends at once
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done
 
