@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 
 import chart
@@ -19,7 +20,6 @@ from chart import CHART, COMBINATIONS, HELM, render
 from manifests import Doc, pods
 
 from pipelines import profile
-from pipelines.__main__ import compile_pipeline
 
 COMMAND = re.compile(r"^\s+(?:\$ )?(kubectl|helm|python|curl|\.venv/bin/python) \S", re.MULTILINE)
 
@@ -101,9 +101,10 @@ def test_the_pipeline_compiles_for_every_rendered_profile(tmp_path: Path) -> Non
     texts = {text for name in PROFILES for text in profiles(name)}
     assert len(texts) == len(PROFILES)
     for n, text in enumerate(sorted(texts)):
-        (tmp_path / f"{n}.yaml").write_text(text)
-        compiled = compile_pipeline("select_moe", profile.load(tmp_path / f"{n}.yaml"), tmp_path / "pipeline.yaml")
-        assert "exec-warmup" in compiled.read_text(encoding="utf-8")
+        given, made = tmp_path / f"{n}.yaml", tmp_path / f"{n}-pipeline.yaml"
+        given.write_text(text)
+        chart.run(sys.executable, "-m", "pipelines", "compile", f"profile={given}", f"output={made}")
+        assert "exec-warmup" in made.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["defaults", "production", "kind", "gpu-site"])
