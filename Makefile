@@ -8,7 +8,7 @@ TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run down test unit model-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
-        image image-test chart-test sbom licences clean bench-s3 bench-convert bench-forward bench-encoding kind-up kind-run kind-test kind-logs kind-down images-lock
+        image image-test chart-test sbom licences clean bench-s3 bench-warmup bench-convert bench-forward bench-encoding kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -102,6 +102,9 @@ kind-down: setup ## remove the cluster
 
 images-lock: setup ## write the registries' digests beside the tags in the chart's values (needs a network)
 	@$(PYTHON) -m k8s.images $(ARGS)
+
+bench-warmup: setup ## a step of gates and routers against a full one; what data and logging cost
+	@$(PYTHON) -m bench.warmup
 
 bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
 	@$(PYTHON) -m bench.s3 $(ARGS)
