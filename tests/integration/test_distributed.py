@@ -76,7 +76,12 @@ FINETUNE = {"training.lora_r": 4, "training.lora_alpha": 8, "training.learning_r
 
 KINDS = ("warmup-observer", "warmup-legacy", "warmup-lora", "finetune-lora")
 CASES = [f"{kind}-{mode}" for kind in KINDS for mode in ("ddp", "fsdp")]
-RANKED = ["training.lora.target_modules=[q_proj]", "training.enable_load_balancing=true", "training.mode=lora"]
+RANKED = [
+    "training.lora.target_modules=[q_proj]",
+    "training.gradient_checkpointing=true",
+    "training.enable_load_balancing=true",
+    "training.mode=lora",
+]
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,51 @@ def test_the_same_chance_gives_the_same_copy(kind: str) -> None:
     assert corrupt(kind, RAIN, DONOR, random.Random(7)) == corrupt(kind, RAIN, DONOR, random.Random(7))
 
 
-def test_each_kind_does_what_its_name_says() -> None:
-    rng = random.Random(0)
-    made = {kind: corrupt(kind, RAIN, DONOR, rng) for kind in CORRUPTIONS}
-    answers = {kind: copy.answers for kind, copy in made.items() if copy}
-    assert sorted(answers["shuffled"][0].split()) == sorted(RAIN.answers[0].split())
-    assert answers["swapped"] == DONOR.answers * 2
-    assert all(full.startswith(cut) for cut, full in zip(answers["truncated"], RAIN.answers, strict=True))
-    assert len(set(answers["repeated"][0].split())) <= 3
-    assert len(answers["random_chars"][0]) == len(RAIN.answers[0])
+def spoiled(kind: str, seed: int, of: Row = RAIN) -> list[str]:
+    copy = corrupt(kind, of, DONOR, random.Random(seed))
+    assert copy is not None
+    return copy.answers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_keeps_the_words_and_not_their_order(seed: int) -> None:
+    answers = spoiled("shuffled", seed)
+    assert [sorted(answer.split()) for answer in answers] == [sorted(answer.split()) for answer in RAIN.answers]
+    assert answers != RAIN.answers
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swapped_takes_the_donors_answers_in_turn(seed: int) -> None:
+    assert spoiled("swapped", seed) == DONOR.answers * 2
+    two = corrupt("swapped", row("one"), RAIN, random.Random(seed))
+    assert two is not None
+    assert two.answers == RAIN.answers[:1], "no more answers than the row has questions"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_truncated_keeps_a_fifth_to_three_fifths_of_the_beginning(seed: int) -> None:
+    for cut, full in zip(spoiled("truncated", seed), RAIN.answers, strict=True):
+        assert full.startswith(cut)
+        assert 0.2 * len(full) - 2 <= len(cut) <= 0.6 * len(full)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_repeated_says_a_few_words_of_the_answer_over_and_over(seed: int) -> None:
+    for loop, full in zip(spoiled("repeated", seed), RAIN.answers, strict=True):
+        words = loop.split()
+        width = len(set(words))
+        assert 1 <= width <= 3
+        assert " ".join(words[:width]) in full
+        assert all(word == words[i % width] for i, word in enumerate(words))
+        assert len(words) == max(6, len(full.split()))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_chars_replaces_about_half_and_no_blank(seed: int) -> None:
+    for noisy, full in zip(spoiled("random_chars", seed), RAIN.answers, strict=True):
+        assert [c.isspace() for c in noisy] == [c.isspace() for c in full]
+        kept = sum(a == b for a, b in zip(noisy, full, strict=True) if not b.isspace())
+        assert 0.15 < kept / len(full.replace(" ", "")) < 0.85
 
 
 def test_a_row_that_a_kind_cannot_spoil_gives_none() -> None:
