@@ -45,6 +45,8 @@ def test_block(kind: str, text: str) -> None:
 
 
 def check_names(words: list[str]) -> None:
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         for word in words[1:]:
@@ -74,6 +76,9 @@ def check_names(words: list[str]) -> None:
         check_keys(words[at + 1], words[at + 2 :])
     elif words[:4] == ["python", "-m", "pipelines", "submit"]:
         check_submitted(words[4:])
+    elif words[:2] == ["bash", "scripts/run_stage_1.sh"]:
+        assert (ROOT / words[1]).exists()
+        check_keys("warmup", [word for word in words[2:] if not word.startswith("tag=")])
     elif words[0] in FOREIGN:
         for word in words[1:]:
             if word.startswith(("helm/", "k8s/")):
