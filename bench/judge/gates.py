@@ -68,6 +68,8 @@ def train(
     """
     gates = Gates(start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_())
     optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
+    longest = max(sum(len(found.row(key)[0]) for key, _ in step) for step in steps)
+    buffer = torch.empty(longest, *start.weight.shape)  # one for all steps: fresh memory costs more than the copy
     limit = float(getattr(WarmupTraining(), "max_grad_norm", 0.0)) or float("inf")
     for n, step in enumerate(steps):
         for group in optimizer.param_groups:
@@ -78,15 +80,21 @@ def train(
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         answer = torch.zeros(mask.shape, dtype=torch.bool)
         answer[mask] = torch.cat([marks for _, marks in rows])
-        scores = torch.cat([hidden for hidden, _ in rows]).transpose(0, 1) @ gates.weight[:, :, None]
+        hidden = torch.cat([hidden for hidden, _ in rows], out=buffer[: int(lengths.sum())])
+        scores = by_layer(hidden, gates.weight[:, :, None])[..., 0] + gates.bias[:, None]
         padded = torch.zeros(len(scores), mask.numel())
-        padded = padded.index_copy(1, mask.flatten().nonzero()[:, 0], scores[..., 0] + gates.bias[:, None])
+        padded = padded.index_copy(1, mask.flatten().nonzero()[:, 0], scores)
         labels = torch.tensor([label for _, label in step])
         value = weight * quality_loss(loss, list(padded.view(-1, *mask.shape)), mask, None, labels, answer)
         torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(gates, limit)
         optimizer.step()
     return Gates(gates.weight.detach(), gates.bias.detach())
+
+
+def by_layer(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[tokens, L, H] and [L, H, judges] -> [L, tokens, judges]; a batched product would copy the hidden states first."""
+    return torch.stack([hidden[:, layer] @ weight[layer] for layer in range(len(weight))])
 
 
 @torch.inference_mode()
@@ -107,7 +115,7 @@ def pooled(found: Features, judges: Sequence[Gates], keys: Sequence[Key]) -> lis
         at = [place.get(key, -1) for key in part.keys]
         if max(at) < 0:
             continue
-        scores = (part.hidden.transpose(0, 1) @ weight + bias).permute(2, 1, 0)  # [judges, tokens, L]
+        scores = (by_layer(part.hidden, weight) + bias).permute(2, 1, 0)  # [judges, tokens, L]
         for arrays, raw in zip(out, scores, strict=True):
             for name, values in _means(part, raw).items():
                 for n, target in enumerate(at):

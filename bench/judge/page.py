@@ -14,7 +14,7 @@ from typing import Any
 from bench.judge import design
 from bench.judge.design import UNTRAINED
 from bench.judge.figure import draw
-from bench.judge.findings import GATE_SCORES, RIVALS
+from bench.judge.findings import CHOSEN_FROM, GATE_SCORES, RIVALS
 from bench.judge.study import Study, commit
 
 PAGE = "judge.md"
@@ -180,6 +180,14 @@ def _answer(r: Results) -> Iterator[str]:
             )
             c = group["scores"]["combined"]["minus_nll"]
             yield f"  With perplexity in it (`combined`): minus `nll` {interval(c, True)}: it {beats(c)}."
+    for which, words in (("minus_untrained", "the best untrained gates"), ("minus_nll", "`nll`")):
+        names = [
+            f"{g['cell']['mode']} {label(g['cell'])}, bias {g['cell']['bias']:g}, {g['cell']['warm']} (`{name}`)"
+            for g in r["groups"]
+            for name in CHOSEN_FROM
+            if is_main(r, g["cell"]) and g["cell"]["loss"] != UNTRAINED and g["scores"][name][which]["low"] > 0
+        ]
+        yield f"- Beat {words} on pool A by a gate alone: {'; '.join(names) or 'none'}."
     untrained = r["controls"]["untrained"]["A"]["bias 0, answer"]
     yield (
         f"- One untrained gate can look good: over {untrained['n']} initialisations the AUC of `answer` goes from "
