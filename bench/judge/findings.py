@@ -17,6 +17,7 @@ from bench.judge import applied, statistics
 from bench.judge.design import BIASES, UNTRAINED, WARM, Cell, Design, applied_cells, observer_cells, untrained_cells
 from bench.judge.gates import ARRAYS
 from bench.judge.study import Study, transferred
+from selectmoe.progress import progress
 from selectmoe.router_data import RouterData
 from selectmoe.scores import mean_ranks, score
 
@@ -201,7 +202,7 @@ class Findings:
     def groups(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """Every configuration of some cells."""
         out = []
-        for group in grouped(cells):
+        for group in progress(grouped(cells), "comparing", unit="configuration"):
             where = self.whole if group[0].mode == "observer" else self.part
             out.append(where[group[0].pool].group(group, self.result))
         return out
