@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.judge import design
+from bench.judge import design, statistics
 from bench.judge.design import UNTRAINED
 from bench.judge.figure import draw
 from bench.judge.findings import CHOSEN_FROM, GATE_SCORES, RIVALS
@@ -20,7 +20,6 @@ from bench.judge.study import Study, commit
 PAGE = "judge.md"
 FIGURE = "judge.png"
 RESULTS = "judge.json"
-DIGITS = 4
 
 Number = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -48,19 +47,10 @@ def provenance(study: Study, smoke: bool, seconds: float) -> dict[str, Any]:
     }
 
 
-def rounded(value: Any) -> Any:
-    """The same with floats of few digits, so that the file is small."""
-    if isinstance(value, float):
-        return round(value, DIGITS) if abs(value) > 10**-DIGITS else value
-    if isinstance(value, Mapping):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def write(results: Results, folder: Path) -> None:
     """Write the results, their figure and their page."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = rounded(results)
+    kept = statistics.rounded(results)
     (folder / RESULTS).write_text(json.dumps(kept, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
     draw(kept, folder / FIGURE)
     (folder / PAGE).write_text("\n".join(lines(kept)) + "\n", encoding="utf-8")

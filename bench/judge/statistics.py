@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+DIGITS = 4
+"""Of numbers that are written down."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -132,3 +135,12 @@ def pseudo_planted(
         difference = score[rest][:, None] - score[bad][None]
         out[n] = ((difference > 0) + 0.5 * (difference == 0)).mean()
     return out
+
+
+def rounded(value: Any) -> Any:
+    """The same with floats of few digits, so that the file is small."""
+    if isinstance(value, float):
+        return round(value, DIGITS) if abs(value) > 10**-DIGITS else value
+    if isinstance(value, Mapping):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -276,4 +276,4 @@ def test_page_says_which_way_an_interval_points():
     assert page.beats({"low": 0.1, "high": 0.2}) == "beats it"
     assert page.beats({"low": -0.2, "high": -0.1}) == "loses to it"
     assert page.beats({"low": -0.2, "high": 0.1}) == "cannot be told from it"
-    assert json.dumps(page.rounded({"a": [0.123456, 1]})) == '{"a": [0.1235, 1]}'
+    assert json.dumps(statistics.rounded({"a": [0.123456, 1]})) == '{"a": [0.1235, 1]}'
