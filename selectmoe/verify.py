@@ -350,7 +350,7 @@ def table(report: dict[str, Any], show: int) -> str:
             lines.append(f"    and {len(names) - show} more (verify.json)")
     for what in ("config", "files"):
         said = [f"{name} {why}" if isinstance(why, str) else name for name, why in report[what].items()]
-        lines.append(f"{what + ' that differ':<28}{', '.join(said) or 'none'}")
+        lines.append(f"{what + ' differences':<28}{', '.join(said) or 'none'}")
     if "skipped" in forward:
         lines.append(f"{'forward pass':<28}skipped: {forward['skipped']}")
     else:
@@ -370,8 +370,8 @@ def forward_table(forward: dict[str, Any]) -> list[str]:
     opened, as_is = forward["gate_open"], forward["as_initialised"]
     lines = [
         f"{'forward pass':<28}{forward['tokens']} tokens, {forward['dtype']}, gate_mode {forward['gate_mode']}",
-        f"    {'logits, gates open':<24}{said(opened['logits'])}",
-        f"    {'logits, gates as they are':<24}{said(as_is['logits'])}",
+        f"    {'logits, gates open':<28}{said(opened['logits'])}",
+        f"    {'logits, gates as they are':<28}{said(as_is['logits'])}",
         "    largest distance     gates open          gates as they are",
         f"    {'layer':<8}{'gate bias':<13}{'router':<10}{'hidden':<10}{'router':<10}{'hidden':<10}",
     ]

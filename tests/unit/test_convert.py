@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Olmoe
 
 from selectmoe import cache, checkpoint, convert, shards
 from selectmoe.check import stage_configs
+from selectmoe.cli import main
 from selectmoe.config import load
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.manifest import read_manifest
@@ -173,7 +174,9 @@ def test_a_killed_conversion_goes_on_after_the_last_whole_shard(
     assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
 
 
-def test_from_s3_straight_to_s3_one_shard_at_a_time(tmp_path: Path, s3: Any) -> None:
+def test_from_s3_straight_to_s3_one_shard_at_a_time(
+    tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     source = sharded(tmp_path / "olmoe")
     local = convert.run(config(source, tmp_path / "local"))
     cache.store(source, "s3://bucket/from/olmoe")
@@ -190,13 +193,17 @@ def test_from_s3_straight_to_s3_one_shard_at_a_time(tmp_path: Path, s3: Any) -> 
     assert [name for name in sent if name.endswith(".safetensors")] == names[2:]
     assert not (cache.root() / "outgoing").exists() or not list((cache.root() / "outgoing").iterdir())
     assert not [name for name in store.names() if name.startswith(".work/")]
+    capsys.readouterr()
     brought, reference = cache.resolve_model("s3://bucket/to/judge")
     assert reference.digest == read_manifest(local).identity
     assert SelectMoeForCausalLM.from_pretrained(brought).config.model_type == "select_moe"
 
     s3.seen.clear()
-    assert convert.run(settings) == "s3://bucket/to/judge"
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", f"source_model={source}", "output_dir=s3://bucket/to/judge"]) == 0
+    assert capsys.readouterr().out == "s3://bucket/to/judge\n"
     assert s3.requests("PUT") == []
+    assert not (tmp_path / "s3:").exists()
     settings.seed = 1
     with pytest.raises(UserError, match="s3://bucket/to/judge holds another run's output"):
         convert.run(settings)
