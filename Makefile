@@ -7,7 +7,7 @@ TARGET ?= cpu
 TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit model-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
+.PHONY: help setup run down test unit model-test warmup-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
         image image-test chart-test sbom licences clean bench-s3 bench-warmup bench-convert bench-forward bench-encoding kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
@@ -30,6 +30,9 @@ unit: setup ## fast tests, no servers
 
 model-test: setup ## transformers' own model tests and what else a transformers model promises (fetches its sdist once)
 	@$(PYTHON) -m pytest tests/models -q -rs -W ignore --dist load
+
+warmup-test: setup ## warm-up killed, on a full disk, with LoRA into route, and by the predecessor's command
+	@$(PYTHON) -m pytest tests/warmup -q
 
 components-test: setup ## every component alone through KFP's local runner, with its unit tests
 	@$(PYTHON) -m pytest components -q

@@ -33,7 +33,7 @@ from selectmoe.progress import quiet
 from selectmoe.router_weights import router_parameters
 from selectmoe.warmup_steps import Plan
 
-TOKENS, ROWS, TURNS = 4096, 4, 3
+TOKENS, ROWS, TURNS = 4096, 4, 5
 STEP_BAR, OVERHEAD_BAR = 0.72, 0.05
 WORDS = [
     "the",

@@ -28,7 +28,7 @@ def config(judges, data, folder, recipe="observer", judge=None, holdout="", **tr
     given = {"selector_model.path": judge or judges[recipe], "data": str(data), "output_dir": str(folder)}
     if holdout:
         given["holdout"] = str(holdout)
-    return load(warmup.WarmupConfig, {"recipe": recipe, "training": fields}, **given)
+    return load(warmup.WarmupConfig, {"recipe": recipe, "threads": 1, "training": fields}, **given)
 
 
 def numbers(out):

@@ -29,7 +29,7 @@ def applied(small_judge):
 def config(judge, pool, folder, recipe="observer", **training):
     fields = {"epochs": 1, "batch_size": 8, "per_device_batch_size": 4, "rows": 16, "learning_rate": 0.05, **training}
     given = {"selector_model.path": judge, "data": str(pool), "output_dir": str(folder)}
-    return load(warmup.WarmupConfig, {"recipe": recipe, "training": fields}, **given)
+    return load(warmup.WarmupConfig, {"recipe": recipe, "threads": 1, "training": fields}, **given)
 
 
 def metric(out, name):

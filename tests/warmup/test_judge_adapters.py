@@ -1,4 +1,4 @@
-"""LoRA on a judge: trained by `warmup`, taken by `route`. Run: pytest tests/unit/test_judge_adapters.py"""
+"""LoRA on a judge: trained by `warmup`, taken by `route`. Run: pytest tests/warmup/test_judge_adapters.py"""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def train(judge, data, folder, **training):
         "rows": 8,
     }
     given = {"selector_model.path": judge, "data": str(data), "output_dir": str(folder), "holdout": str(data)}
-    mapping = {"recipe": "legacy", "training": {**fields, "lora": LORA, **training}}
+    mapping = {"recipe": "legacy", "threads": 1, "training": {**fields, "lora": LORA, **training}}
     return warmup.run(load(warmup.WarmupConfig, mapping, **given))
 
 

@@ -1,4 +1,4 @@
-"""`warmup` killed with SIGKILL, and on a disk that fills up: `pytest tests/integration/test_warmup_interrupted.py`"""
+"""`warmup` killed with SIGKILL, and on a disk that fills up: `pytest tests/warmup/test_interrupted.py`"""
 
 from __future__ import annotations
 
