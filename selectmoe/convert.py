@@ -44,7 +44,7 @@ class GateOptions:
         None, doc="initial bias; default 0 for observers, +3 for applied gates"
     )
     gate_mode: str = identity("observer", doc="observer: the gate only reads; applied: it scales the MoE's output")
-    trash_expert_mode: str = identity("zero", doc="what replaces the MoE where an applied gate closes: zero, noise")
+    trash_expert_mode: str = identity("zero", doc="where an applied gate closes: zero, noise, custom (named at use)")
     quality_loss_type: str = identity(
         "sigmoid", doc="quality loss in the checkpoint's config; warmup's recipe decides its own"
     )

@@ -1,6 +1,6 @@
-"""What Select-MoE adds to OLMoE: the configuration's keys, the quality gate, and what takes the MoE's place where it closes.
+"""What Select-MoE adds to OLMoE: the configuration's keys, the quality gate, the trash expert, and the layer that has them.
 
-No command runs this module; `selectmoe.modeling` puts these into the decoder layer.
+No command runs this module; `selectmoe.modeling` builds the model of these layers.
 """
 
 # mypy: disable-error-code="misc, untyped-decorator"
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeRMSNorm
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeDecoderLayer, OlmoeRMSNorm, OlmoeTopKRouter
 
 from selectmoe.allowed_code import names_code
 from selectmoe.errors import UserError
@@ -155,3 +155,42 @@ def set_qk_norm(attention: OlmoeAttention, config: OlmoeConfig) -> None:
     elif not kind:
         attention.q_norm = nn.Identity()
         attention.k_norm = nn.Identity()
+
+
+class SelectMoeRouter(OlmoeTopKRouter):
+    """OLMoE's router, whose weight may be float32 in a bfloat16 model while it is trained."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits [B*T, E], top-k weights in the dtype of the hidden states, top-k indices."""
+        logits, weights, indices = super().forward(hidden_states.to(self.weight.dtype))
+        return logits, weights.to(hidden_states.dtype), indices
+
+
+class SelectMoeDecoderLayer(OlmoeDecoderLayer):
+    """OLMoE's decoder layer with a quality gate that reads what the MoE block reads."""
+
+    def __init__(self, config: SelectMoeConfig, layer_idx: int) -> None:
+        """Build layer `layer_idx`."""
+        super().__init__(config, layer_idx)
+        self.gate_mode = config.gate_mode
+        self.mlp.gate = SelectMoeRouter(config)
+        self.quality_gate = QualityGate(config.hidden_size)
+        self.quality_score = QualityScore()
+        self.trash = TrashExpert(config.trash_expert_mode)
+        set_qk_norm(self.self_attn, config)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        residual: Tensor = hidden_states + attended
+        hidden = self.post_attention_layernorm(residual)
+        moe: Tensor = self.mlp(hidden)
+        if self.gate_mode == "observer":
+            self.quality_score(self.quality_gate(hidden.detach()))  # recorded by a hook; changes nothing
+            return residual + moe
+        good = torch.sigmoid(self.quality_score(self.quality_gate(hidden)))
+        out = residual + good.to(moe.dtype) * moe
+        other = self.trash(hidden)
+        return out if other is None else out + (1 - good).to(other.dtype) * other

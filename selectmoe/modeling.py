@@ -38,7 +38,6 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import (
     OlmoeAttention,
-    OlmoeDecoderLayer,
     OlmoeForCausalLM,
     OlmoeModel,
     OlmoePreTrainedModel,
@@ -54,7 +53,15 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from selectmoe import allowed_code
 from selectmoe.errors import UserError
-from selectmoe.gates import QualityGate, QualityScore, SelectMoeConfig, TrashExpert, TrashFunction, set_qk_norm
+from selectmoe.gates import (
+    QualityGate,
+    QualityScore,
+    SelectMoeConfig,
+    SelectMoeDecoderLayer,
+    TrashExpert,
+    TrashFunction,
+    set_qk_norm,
+)
 from selectmoe.losses import quality_loss
 
 __all__ = [
@@ -74,45 +81,6 @@ logger = logging.getLogger(__name__)
 
 OPEN_BIAS = 100.0
 """A bias at which sigmoid is exactly 1 in every dtype."""
-
-
-class SelectMoeRouter(OlmoeTopKRouter):
-    """OLMoE's router, whose weight may be float32 in a bfloat16 model while it is trained."""
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits [B*T, E], top-k weights in the dtype of the hidden states, top-k indices."""
-        logits, weights, indices = super().forward(hidden_states.to(self.weight.dtype))
-        return logits, weights.to(hidden_states.dtype), indices
-
-
-class SelectMoeDecoderLayer(OlmoeDecoderLayer):
-    """OLMoE's decoder layer with a quality gate that reads what the MoE block reads."""
-
-    def __init__(self, config: SelectMoeConfig, layer_idx: int) -> None:
-        """Build layer `layer_idx`."""
-        super().__init__(config, layer_idx)
-        self.gate_mode = config.gate_mode
-        self.mlp.gate = SelectMoeRouter(config)
-        self.quality_gate = QualityGate(config.hidden_size)
-        self.quality_score = QualityScore()
-        self.trash = TrashExpert(config.trash_expert_mode)
-        set_qk_norm(self.self_attn, config)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """[B, T, H] -> [B, T, H]."""
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
-        )
-        residual: Tensor = hidden_states + attended
-        hidden = self.post_attention_layernorm(residual)
-        moe: Tensor = self.mlp(hidden)
-        if self.gate_mode == "observer":
-            self.quality_score(self.quality_gate(hidden.detach()))  # recorded by a hook; changes nothing
-            return residual + moe
-        good = torch.sigmoid(self.quality_score(self.quality_gate(hidden)))
-        out = residual + good.to(moe.dtype) * moe
-        other = self.trash(hidden)
-        return out if other is None else out + (1 - good).to(other.dtype) * other
 
 
 class SelectMoePreTrainedModel(OlmoePreTrainedModel):
