@@ -98,7 +98,11 @@ def estimate(
     tokens = pool.text / BYTES_PER_TOKEN
     per_row = tokens / pool.rows
     t, w = config.finetune.training, config.warmup.training
-    warm = w.epochs * (w.rows or (1 if w.subset_ratio is None else w.subset_ratio) * pool.rows) * (1 + w.ratio)
+    warm = (
+        w.epochs
+        * (w.rows or (1 if w.subset_ratio is None else w.subset_ratio) * pool.rows)
+        * (1 + (w.ratio if config.warmup.loss == "contrastive" else 0))
+    )
     passes = 1 + config.route.nll + config.route.ifd
     depth = t.layers / max(1, target.size("num_hidden_layers")) if t.layers else 1.0
     holdout = holdout_size(config.ingest.holdout, pool.rows)

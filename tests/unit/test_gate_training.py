@@ -274,3 +274,21 @@ def test_a_loss_of_ones_own_trains_and_its_source_counts(judges, small_pool, tmp
     given.allow_code, given.output_dir = [], str(tmp_path / "v")
     with pytest.raises(UserError, match="allow_code"):
         warmup.run(given)
+
+
+def test_an_observer_with_routers_learns_them_from_the_text_and_gates_from_their_loss(judges, small_pool, tmp_path):
+    """The gate only reads: no part of the cross-entropy reaches it."""
+    for weight in (0.0, 1.0):
+        more = {"train_routers": True, "quality_loss_weight": weight}
+        made = trainer(judges, small_pool, tmp_path, "observer", **more)
+        numbers = made._step(0)
+        assert numbers["loss/cross_entropy"] > 1
+        for name, parameter in made.parameters.items():
+            moved = parameter.grad is not None and float(parameter.grad.abs().max()) > 0
+            assert moved == (".mlp." in name or weight > 0), name
+
+
+def test_applied_gates_alone_can_be_trained(judges, small_pool, tmp_path):
+    made = trainer(judges, small_pool, tmp_path, "legacy", train_routers=False)
+    made._step(0)
+    assert all("quality_gate" in name and p.grad.abs().max() > 0 for name, p in made.parameters.items())
