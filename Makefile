@@ -29,6 +29,7 @@ unit: setup ## fast tests, no servers
 	@$(PYTHON) -m pytest tests/unit components -q --ignore-glob='*/test_component_local.py'
 
 model-test: setup ## transformers' own model tests and what else a transformers model promises (fetches its sdist once)
+	@$(PYTHON) -m tests.models.fetch >/dev/null
 	@$(PYTHON) -m pytest tests/models -q -rs -W ignore --dist load
 
 warmup-test: setup ## warm-up killed, on a full disk, with LoRA into route, and by the predecessor's command

@@ -8,11 +8,12 @@ generation in `test_promises.py`.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,24 +31,33 @@ def pinned() -> tuple[str, str]:
 
 
 def fetch(cache: Path = CACHE) -> Path:
-    """The folder that holds the package `transformers_tests`, downloaded where it is not there yet."""
+    """The folder that holds the package `transformers_tests`; made beside its place and renamed where it is not there yet."""
     version, digest = pinned()
-    sdist = cache / f"transformers-{version}.tar.gz"
-    if not sdist.is_file() or hashlib.sha256(sdist.read_bytes()).hexdigest() != digest:
-        cache.mkdir(parents=True, exist_ok=True)
+    done = cache / f"{version}-{digest[:16]}"
+    if done.is_dir():
+        return done
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        folder = Path(temporary)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
-        subprocess.run([*command, "--require-hashes", "-r", str(PIN), "-d", str(cache)], check=True)
-    package = cache / version / "transformers_tests"
+        subprocess.run([*command, "--require-hashes", "-r", str(PIN), "-d", temporary], check=True)
+        unpack(folder / f"transformers-{version}.tar.gz", folder / "new" / "transformers_tests")
+        with contextlib.suppress(OSError):  # another process was first
+            (folder / "new").rename(done)
+    return done
+
+
+def unpack(sdist: Path, package: Path) -> None:
+    """Write the package: the common tests, and the empty classes that they import."""
     for name in ("", "exporters", "generation"):
-        (package / name).mkdir(parents=True, exist_ok=True)
+        (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
     with tarfile.open(sdist) as archive:
-        member = archive.extractfile(f"transformers-{version}/tests/{TAKEN}")
+        member = archive.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/tests/{TAKEN}")
         assert member is not None, TAKEN
         (package / TAKEN).write_bytes(member.read())
     for name, missing in ABSENT.items():
         (package / name).write_text(f'class {missing}:\n    """Not in the sdist."""\n', encoding="utf-8")
-    return package.parent
 
 
 if __name__ == "__main__":
