@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture(scope="session")
 def settings() -> tuple[str, ...]:
     """The run that is made on this machine, in containers, and in one container: everything forks, and few tasks wait."""
-    return ("preset=tiny", "shards=2", "seeds=2", "arms=[selected,random]")
+    return ("preset=tiny", "shards=2", "arms=[selected,random]")
 
 
 @pytest.fixture(scope="session", autouse=True)
