@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
+from pipelines.kfp_api import Server
 from pipelines.submit import typed
 from selectmoe.errors import UserError
 
@@ -31,6 +32,25 @@ def option(doc: str, default: Any = None) -> Any:
 def options(doc: str) -> Any:
     """A key whose value is a list."""
     return field(default_factory=list, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Where the API of Kubeflow Pipelines is, and who asks it."""
+
+    endpoint: str = option("URL of the KFP API; default KF_PIPELINES_ENDPOINT, in a pod the cluster's own", "")
+    namespace: str = option("namespace of a Kubeflow with several users; in a pod its own", "")
+    token_file: str = option("file with a bearer token; default KF_PIPELINES_TOKEN, in a pod its own token", "")
+    ca_file: str = option("certificates that vouch for the endpoint; default the public ones", "")
+
+    def server(self) -> Server:
+        """The API, which has answered.
+
+        Raises:
+            UserError: no endpoint, a token that cannot be read, or the API refuses.
+            Unavailable: it does not answer.
+        """
+        return Server(self.endpoint, self.namespace, self.token_file, self.ca_file)
 
 
 WAIT = "seconds that a server which is not up yet is waited for"

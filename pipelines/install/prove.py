@@ -20,9 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines.install import cluster
-from pipelines.install.options import WAIT, option, options
+from pipelines.install.options import WAIT, Connection, option, options
 from pipelines.install.patience import patiently
-from pipelines.kfp_api import Server
 from selectmoe.errors import Refused, Unavailable, UserError
 
 RIGHT = re.compile(r"([a-z*]+) ([a-z]+)(?:\.([a-z0-9.-]+))?(?:/([a-z]+))?(?::([a-z0-9.-]+))?")
@@ -32,15 +31,12 @@ class Missing(Unavailable):
     """A right is missing, so far."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Connection):
     """The keys of the command."""
 
     what: str = option("s3, mlflow, kfp or rights")
     bucket: str = option("s3: the bucket", "")
-    endpoint: str = option("kfp: URL of its API; default KF_PIPELINES_ENDPOINT, in a pod the cluster's own", "")
-    token_file: str = option("kfp: file with a bearer token; default KF_PIPELINES_TOKEN, in a pod its own token", "")
-    ca_file: str = option("kfp: certificates that vouch for the endpoint; default the public ones", "")
     namespace: str = option("kfp, rights: namespace; in a pod its own", "")
     can: list[str] = options("rights: what the service account must be allowed to do")
     cannot: list[str] = options("rights: what it must not be allowed to do")
@@ -97,7 +93,7 @@ def kfp(options: Options) -> str:
     """The API server is well, and accepts our token."""
 
     def asked() -> str:
-        server = Server(options.endpoint, options.namespace, options.token_file, options.ca_file)
+        server = options.server()
         return f"{server.endpoint} answers; pipelines that we see: {server.pipelines()}"
 
     return patiently(options.wait, asked)

@@ -12,23 +12,18 @@ import dataclasses
 from dataclasses import dataclass
 
 from pipelines import submit
-from pipelines.install.options import WAIT, option
+from pipelines.install.options import WAIT, Connection, option
 from pipelines.install.patience import patiently
-from pipelines.kfp_api import Server
 from selectmoe.errors import UserError
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Connection):
     """The keys of the command."""
 
     profile: str = option("YAML of the site (pipelines/profile.py)")
     name: str = option("name of the run")
     experiment: str = option("KFP experiment; made where there is none", "Default")
-    endpoint: str = option("URL of the KFP API; default KF_PIPELINES_ENDPOINT, in a pod the cluster's own", "")
-    namespace: str = option("namespace of a Kubeflow with several users; in a pod its own", "")
-    token_file: str = option("file with a bearer token; default KF_PIPELINES_TOKEN, in a pod its own token", "")
-    ca_file: str = option("certificates that vouch for the endpoint; default the public ones", "")
     service_account: str = option("Kubernetes service account of the run's pods; default the server's", "")
     wait: int = option(WAIT, 300)
     words: tuple[str, ...] = option("further words: parameters of the pipeline", ())
@@ -54,7 +49,7 @@ def run(options: Options) -> None:
     )
 
     def started() -> tuple[str, str]:
-        server = Server(options.endpoint, options.namespace, options.token_file, options.ca_file)
+        server = options.server()
         run_id = submit.submit(chosen, pipeline, parameters, server, once=True)
         return run_id, server.link(run_id)
 

@@ -10,20 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines import submit
-from pipelines.install.options import WAIT, option
+from pipelines.install.options import WAIT, Connection, option
 from pipelines.install.patience import patiently
-from pipelines.kfp_api import Server
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Connection):
     """The keys of the command."""
 
     profile: str = option("YAML of the site (pipelines/profile.py)")
-    endpoint: str = option("URL of the KFP API; default KF_PIPELINES_ENDPOINT, in a pod the cluster's own", "")
-    namespace: str = option("namespace of a Kubeflow with several users; in a pod its own", "")
-    token_file: str = option("file with a bearer token; default KF_PIPELINES_TOKEN, in a pod its own token", "")
-    ca_file: str = option("certificates that vouch for the endpoint; default the public ones", "")
     wait: int = option(WAIT, 300)
 
 
@@ -37,7 +32,6 @@ def run(options: Options) -> None:
     pipeline = submit.compiled(options.profile)
 
     def registered() -> dict[str, str]:
-        server = Server(options.endpoint, options.namespace, options.token_file, options.ca_file)
-        return submit.register(pipeline, server)
+        return submit.register(pipeline, options.server())
 
     print(patiently(options.wait, registered)["pipeline_version_id"], flush=True)

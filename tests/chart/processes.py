@@ -24,6 +24,25 @@ from manifests import Doc, named, pods
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = {"python": [sys.executable], "mlflow": [sys.executable, "-m", "mlflow"]}
 
+OLD = "97727af70f4d"
+"""A revision of MLflow's schema of 2023 (MLflow 2.3)."""
+
+
+def old_schema(address: str) -> None:
+    """Give an empty database the tables of an old MLflow, by MLflow's own migrations."""
+    import sqlalchemy
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    engine = sqlalchemy.create_engine(address)
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        config = _get_alembic_config(address)
+        config.attributes["connection"] = connection
+        command.upgrade(config, OLD)
+    engine.dispose()
+
 
 def free_port() -> int:
     """A port that nobody uses."""

@@ -22,15 +22,13 @@ import yaml
 from chart import changed
 from manifests import named
 from postgresql import PASSWORD, USER, PostgreSQL
-from processes import Mlflow, Site, ask
+from processes import OLD, Mlflow, Site, ask
 
 from selectmoe.journal import TAG
 from tests.kfp_server import KfpServer
 from tests.kubernetes_server import KubernetesServer
 from tests.serving import S3Server
 
-OLD = "97727af70f4d"
-"""A revision of MLflow's schema of 2023 (MLflow 2.3)."""
 VALUES: dict[str, Any] = {
     "mlflow": {
         "replicas": 2,
@@ -110,19 +108,8 @@ def mlflow(site: Site, s3: S3Server, upgraded: None) -> Iterator[Mlflow]:
 
 def fill_old(postgresql: PostgreSQL) -> None:
     """The schema of an old MLflow, with an experiment and a run."""
-    import sqlalchemy
-    from alembic import command
-    from mlflow.store.db.utils import _get_alembic_config
-    from mlflow.store.tracking.dbmodels.initial_models import Base
-
     address = f"postgresql+psycopg://{USER}:{PASSWORD}@127.0.0.1:{postgresql.port}/mlflow"
-    engine = sqlalchemy.create_engine(address)
-    Base.metadata.create_all(engine)
-    with engine.begin() as connection:
-        config = _get_alembic_config(address)
-        config.attributes["connection"] = connection
-        command.upgrade(config, OLD)
-    engine.dispose()
+    processes.old_schema(address)
     with postgresql.connect("mlflow") as connection:
         connection.execute(
             "INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) "

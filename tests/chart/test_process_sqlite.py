@@ -15,14 +15,11 @@ import processes
 import pytest
 from chart import changed
 from manifests import named
-from processes import Mlflow, Site, ask
+from processes import OLD, Mlflow, Site, ask
 
 from pipelines.install.__main__ import main
 from pipelines.install.database import LOGINS, TRACKING, Schema
 from tests.serving import S3Server
-
-OLD = "97727af70f4d"
-"""A revision of MLflow's schema of 2023 (MLflow 2.3)."""
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +33,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="module")
 def database(site: Site) -> Path:
     """The file that the rendered address names, of an older MLflow, with a run in it."""
-    import sqlalchemy
-    from alembic import command
-    from mlflow.store.db.utils import _get_alembic_config
-    from mlflow.store.tracking.dbmodels.initial_models import Base
-
     address = site.environment("database")["MLFLOW_BACKEND_STORE_URI"]
-    engine = sqlalchemy.create_engine(address)
-    Base.metadata.create_all(engine)
-    with engine.begin() as connection:
-        config = _get_alembic_config(address)
-        config.attributes["connection"] = connection
-        command.upgrade(config, OLD)
-    engine.dispose()
+    processes.old_schema(address)
     path = Path(address.removeprefix("sqlite:///"))
     execute(path, "PRAGMA journal_mode=WAL")
     execute(path, "INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (7, 'old', 'active')")
