@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         monkeypatch.delenv(name, raising=False)
     for name in ("KF_PIPELINES_UI_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "set by the command")  # so that they are what they were when the test is over
-    monkeypatch.setenv("PATH", f"{found.bin}:/usr/bin:/bin")
+    for name in ("sh", "env", "bash", "python3"):  # nothing else of this machine, which may have a docker of its own
+        (found.bin / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", str(found.bin))
     monkeypatch.setenv("STAND_IN", str(found.file))
     monkeypatch.setenv("SELECTMOE_STATE", str(found.state))
     chart = tmp_path / "chart"
