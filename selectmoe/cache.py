@@ -167,7 +167,10 @@ def store(directory: Path | str, uri: str) -> Reference:
         return there
     target = S3Store(uri)
     finished = (directory / mf.NAME).is_file()
-    paths = mf.own_files(directory) if finished else sorted(p for p in directory.rglob("*") if p.is_file())
+    if finished:
+        paths = mf.own_files(directory, mf.read_manifest(directory, verify=False).parts)
+    else:
+        paths = sorted(p for p in directory.rglob("*") if p.is_file())
     files = {path.relative_to(directory).as_posix(): path for path in paths}
     for name in set(target.names()) - set(files):  # left by a store that was killed, of another try
         target.delete(name)

@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ class Manifest:
         ids = {name: entry["identity"] for name, entry in self.inputs.items()}
         return work_key(self.stage, self.version, self.config["identity"], ids)
 
+    @property
+    def parts(self) -> list[str]:
+        """The folders inside that have manifests of their own and belong to this output all the same: it lists those."""
+        return [f["path"].removesuffix(f"/{NAME}") for f in self.files if f["path"].endswith(f"/{NAME}")]
+
 
 def canonical_json(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no blanks: equal values give equal bytes.
@@ -73,14 +78,15 @@ def work_key(stage: str, version: int, config: Mapping[str, Any], inputs: Mappin
     return digest({"schema": SCHEMA, "stage": stage, "version": version, "config": config, "inputs": inputs})
 
 
-def own_files(directory: Path) -> list[Path]:
-    """The files of an output, sorted: no reserved folders, no nested outputs, no manifest."""
+def own_files(directory: Path, parts: Collection[str] = ()) -> list[Path]:
+    """The files of an output, sorted: no reserved folders, no nested outputs except its parts, no manifest of its own."""
     found: list[Path] = []
     for root, folders, names in os.walk(directory):
         here = Path(root)
         if here == directory:
             folders[:] = [f for f in folders if f not in RESERVED]
-        folders[:] = [f for f in folders if not (here / f / NAME).exists()]
+        own = {f for f in folders if (here / f).relative_to(directory).as_posix() in parts}
+        folders[:] = [f for f in folders if f in own or not (here / f / NAME).exists()]
         found += [here / name for name in names if not (here == directory and name == NAME)]
     return sorted(found)
 
@@ -97,6 +103,7 @@ def write_manifest(
     created: str,
     bookkeeping: Iterable[str] = (),
     elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
+    parts: Collection[str] = (),
 ) -> Manifest:
     """Describe the files of `directory` and write its manifest, atomically and last.
 
@@ -111,13 +118,14 @@ def write_manifest(
         created: ISO 8601 time.
         bookkeeping: globs of files that do not belong to the identity (``result: false``).
         elsewhere: name -> ``{"bytes", "sha256"}`` of files that belong to the output, but lie where it is to go already.
+        parts: folders inside that have manifests already, and belong to this output too.
 
     Returns:
         The manifest, with identity and checksum.
     """
-    globs = tuple(bookkeeping)
+    globs = (*bookkeeping, f"*/{NAME}")
     found = {name: dict(entry) for name, entry in (elsewhere or {}).items()}
-    for path in own_files(directory):
+    for path in own_files(directory, parts):
         name = path.relative_to(directory).as_posix()
         found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     files = []
@@ -204,7 +212,7 @@ def verify_files(directory: Path, manifest: Manifest, content: bool = True) -> N
         UserError: a file is missing, foreign or changed (named).
     """
     listed = {f["path"]: f for f in manifest.files}
-    present = {p.relative_to(directory).as_posix() for p in own_files(directory)}
+    present = {p.relative_to(directory).as_posix() for p in own_files(directory, manifest.parts)}
     if missing := sorted(set(listed) - present):
         raise UserError(f"{directory}: {missing[0]} is missing (its manifest lists it)")
     if foreign := sorted(present - set(listed)):
@@ -237,6 +245,8 @@ def identity_of(path: Path | str) -> str:
 
 
 def find_manifests(root: Path | str) -> list[tuple[Path, Manifest]]:
-    """Every finished output at or below `root`, by path; manifests are checked, files are not."""
-    paths = sorted(Path(root).rglob(NAME))
-    return [(p.parent, read_manifest(p.parent, verify=False)) for p in paths if ".work" not in p.parts]
+    """Every finished output at or below `root`, by path, parts of others left out; manifests are checked, files are not."""
+    paths = [path.parent for path in sorted(Path(root).rglob(NAME)) if ".work" not in path.parts]
+    found = {path: read_manifest(path, verify=False) for path in paths}
+    parts = {path / part for path, manifest in found.items() for part in manifest.parts}
+    return [(path, manifest) for path, manifest in found.items() if path not in parts]

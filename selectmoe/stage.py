@@ -20,7 +20,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,34 @@ class Output:
         """Where the output goes, as the user named it."""
         return str(self.path)
 
-    def part(self, name: str, *, rows_in: int, rows_out: int, dropped: Mapping[str, int] | None = None) -> None:
-        """Give the folder `name` inside the staging folder a manifest of its own."""
-        self._write(self.staging / name, rows_in, rows_out, dropped or {}, ())
+    def part(
+        self,
+        name: str,
+        *,
+        rows_in: int,
+        rows_out: int,
+        dropped: Mapping[str, int] | None = None,
+        config: Mapping[str, Any] | None = None,
+        inputs: dict[str, dict[str, str]] | None = None,
+        parts: Collection[str] = (),
+    ) -> mf.Manifest:
+        """Give the folder `name` inside the staging folder a manifest of its own.
+
+        Args:
+            name: the folder.
+            rows_in: rows that came in.
+            rows_out: rows that went out.
+            dropped: reason -> number.
+            config: the identity fields that concern it; default: the stage's.
+            inputs: what it was made from ({"uri", "identity"} by name); default: the stage's inputs.
+            parts: folders inside it that have manifests already, and belong to it too.
+
+        Returns:
+            The manifest.
+        """
+        roles = self.roles if config is None else {**self.roles, "identity": dict(config)}
+        mine = self.inputs if inputs is None else inputs
+        return self._write(self.staging / name, rows_in, rows_out, dropped or {}, roles=roles, inputs=mine, parts=parts)
 
     def commit(
         self,
@@ -127,6 +152,7 @@ class Output:
         rows_out: int = 0,
         dropped: Mapping[str, int] | None = None,
         bookkeeping: Iterable[str] = (),
+        parts: Collection[str] = (),
     ) -> None:
         """Move the staged files into place, write the manifest, and drop the work that is now contained in it.
 
@@ -135,11 +161,12 @@ class Output:
             rows_out: rows that went out.
             dropped: reason -> number; together with `rows_out` it must give `rows_in`.
             bookkeeping: globs of files that are checked but do not belong to the identity.
+            parts: folders inside that have manifests already (`part`), and belong to the output too.
         """
         self._stage_metrics()
         for entry in sorted(self.staging.iterdir()):
             entry.rename(self.path / entry.name)
-        self._write(self.path, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS))
+        self._write(self.path, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS), parts=parts)
         self.work.clear()
         shutil.rmtree(self.path / ".work", ignore_errors=True)
 
@@ -167,23 +194,28 @@ class Output:
         rows_in: int,
         rows_out: int,
         dropped: Mapping[str, int],
-        globs: tuple[str, ...],
+        globs: tuple[str, ...] = (),
         elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
+        *,
+        roles: dict[str, Any] | None = None,
+        inputs: dict[str, dict[str, str]] | None = None,
+        parts: Collection[str] = (),
+    ) -> mf.Manifest:
         dropped = {reason: n for reason, n in sorted(dropped.items()) if n}
         if rows_in != rows_out + sum(dropped.values()):
             raise RuntimeError(f"{self.stage}: {rows_in} rows in, {rows_out} out, dropped {dropped}: rows were lost")
-        mf.write_manifest(
+        return mf.write_manifest(
             directory,
             stage=self.stage,
             version=self.version,
-            config=self.roles,
-            inputs=self.inputs,
+            config=self.roles if roles is None else roles,
+            inputs=self.inputs if inputs is None else inputs,
             rows={"in": rows_in, "out": rows_out, "dropped": dropped},
             environment=self._environment(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             bookkeeping=globs,
             elsewhere=elsewhere,
+            parts=parts,
         )
 
     def _environment(self) -> dict[str, Any]:

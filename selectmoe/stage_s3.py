@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,13 @@ class S3Output(Output):
         rows_out: int = 0,
         dropped: Mapping[str, int] | None = None,
         bookkeeping: Iterable[str] = (),
+        parts: Collection[str] = (),
     ) -> None:
         """Send what is left in the staging folder, then the manifest; arguments as `Output.commit`."""
         self._stage_metrics()
-        files = {path.relative_to(self.staging).as_posix(): path for path in mf.own_files(self.staging)}
+        files = {path.relative_to(self.staging).as_posix(): path for path in mf.own_files(self.staging, parts)}
         self.target.put_files(files, f"to {self.uri}")
-        self._write(self.staging, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS), self.kept)
+        self._write(self.staging, rows_in, rows_out, dropped or {}, (*bookkeeping, METRICS), self.kept, parts=parts)
         for name in self.target.names():  # what a run that was killed had sent, and not noted
             if name not in {*files, *self.kept} and not name.startswith(WORK):
                 self.target.delete(name)

@@ -118,3 +118,40 @@ def test_tree_identity_knows_no_path(tmp_path):
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.booleans() | st.none()))
 def test_canonical_json_does_not_depend_on_order(mapping):
     assert mf.canonical_json(mapping) == mf.canonical_json(dict(reversed(mapping.items())))
+
+
+def with_part(folder: Path, text: str = "a") -> mf.Manifest:
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "rows.jsonl").write_text(text)
+    mf.write_manifest(folder / "part", **FIELDS)
+    return mf.write_manifest(folder, **FIELDS, parts=["part"])
+
+
+def test_a_part_is_an_output_of_its_own_and_belongs_to_the_whole(tmp_path):
+    one, two, other = with_part(tmp_path / "a"), with_part(tmp_path / "b"), with_part(tmp_path / "c", "other")
+    assert one.parts == ["part"]
+    assert [f["path"] for f in one.files] == ["part/manifest.json", "part/rows.jsonl"]
+    assert one.identity == two.identity != other.identity
+    assert mf.read_manifest(tmp_path / "a" / "part").files[0]["path"] == "rows.jsonl"
+    assert [path for path, _ in mf.find_manifests(tmp_path / "a")] == [tmp_path / "a"]
+
+
+def test_times_of_a_part_leave_the_identity_of_the_whole(tmp_path):
+    before = with_part(tmp_path / "a").identity
+    mf.write_manifest(tmp_path / "a" / "part", **{**FIELDS, "created": "2027-01-01T00:00:00+00:00"})
+    assert mf.write_manifest(tmp_path / "a", **FIELDS, parts=["part"]).identity == before
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "foreign"])
+def test_damage_in_a_part_is_damage_of_the_whole(tmp_path, damage):
+    with_part(tmp_path / "a")
+    file = tmp_path / "a" / "part" / "rows.jsonl"
+    match damage:
+        case "changed":
+            file.write_text("b")
+        case "missing":
+            file.unlink()
+        case "foreign":
+            (file.parent / "rows 2.jsonl").write_text("a")
+    with pytest.raises(UserError, match=r"part/rows"):
+        mf.read_manifest(tmp_path / "a")
