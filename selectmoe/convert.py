@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STAGE = "convert"
-VERSION = 2
+VERSION = 3
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -40,9 +40,7 @@ class GateOptions:
 
     quality_gate_init_mean: float = identity(0.0, doc="mean of the gates' initial weights")
     quality_gate_init_std: float = identity(0.02, doc="standard deviation of the gates' initial weights")
-    quality_gate_init_bias: float | None = identity(
-        None, doc="initial bias; default 0 for observers, +3 for applied gates"
-    )
+    quality_gate_init_bias: float = identity(3.0, doc="initial bias of the gates: a fresh one says 0.95 of every token")
     gate_mode: str = identity("observer", doc="observer: the gate only reads; applied: it scales the MoE's output")
     trash_expert_mode: str = identity("zero", doc="where an applied gate closes: zero, noise, custom (named at use)")
     quality_loss_type: str = identity(
@@ -54,12 +52,12 @@ class GateOptions:
 
 @dataclass
 class ApplyOptions:
-    """Turn the observers of a Select-MoE checkpoint into applied gates: g = sigmoid(gain * s + bias)."""
+    """Turn the observers of a Select-MoE checkpoint into applied gates: g = sigmoid(gain * (s - initial bias) + bias)."""
 
     gain: float | None = identity(
         None, doc="give it to do so (0.3): what scores are multiplied by; source_model is then a Select-MoE checkpoint"
     )
-    bias: float = identity(3.0, doc="what is then added: the larger, the more of the MoE's output stays")
+    bias: float = identity(3.0, doc="what an untrained gate's score becomes: the larger, the more of the MoE stays")
     weights: str = input_("", doc="trained gates: warmup's output or its file; default: those in the checkpoint")
 
 
@@ -149,8 +147,9 @@ def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[s
 
     from selectmoe.modeling import SelectMoeConfig
 
-    options = {name: value for name, value in asdict(config.model).items() if value is not None}
-    converted = original | options | {"model_type": "select_moe", "architectures": ["SelectMoeForCausalLM"]}
+    converted = (
+        original | asdict(config.model) | {"model_type": "select_moe", "architectures": ["SelectMoeForCausalLM"]}
+    )
     if config.dtype != "keep":
         converted.pop("torch_dtype", None)
         converted["dtype"] = config.dtype
@@ -160,7 +159,6 @@ def select_moe_config(original: dict[str, Any], config: ConvertConfig) -> dict[s
         raise UserError(
             f"source_model={config.source_model}: config.json is refused: {str(error).splitlines()[0]}"
         ) from None
-    converted["quality_gate_init_bias"] = loaded.quality_gate_init_bias
     converted["qk_norm"] = loaded.qk_norm
     return converted
 
@@ -179,6 +177,8 @@ def applied_config(source: checkpoint.Source, config: ConvertConfig) -> dict[str
 
 def applied_gates(source: checkpoint.Source, stored: dict[str, Stored], config: ConvertConfig) -> dict[str, Tensor]:
     """The gates of an observer, trained ones where they are named, scaled and shifted; trained routers unchanged.
+
+    What is scaled is how far a score lies from the bias that gates began with, as in `modeling.apply_gates`.
 
     Raises:
         UserError: the trained weights are none, or another model's.
@@ -202,10 +202,12 @@ def applied_gates(source: checkpoint.Source, stored: dict[str, Stored], config: 
             raise UserError(f"apply.weights={config.apply.weights} does not fit source_model: see {odd[0]}")
         found |= trained
     assert config.apply.gain is not None
+    began = float(source.config.get("quality_gate_init_bias", GateOptions().quality_gate_init_bias))
     for name, tensor in found.items():
-        if ".quality_gate." in name:
-            shift = config.apply.bias if name.endswith("bias") else 0.0
-            found[name] = tensor.float() * config.apply.gain + shift
+        if name.endswith("quality_gate.bias"):
+            found[name] = (tensor.float() - began) * config.apply.gain + config.apply.bias
+        elif ".quality_gate." in name:
+            found[name] = tensor.float() * config.apply.gain
         else:  # a router, which was trained in float32
             kept = shards.FLOATS[stored[name].dtype]
             found[name] = tensor.to(getattr(torch, kept if config.dtype == "keep" else config.dtype))

@@ -36,7 +36,8 @@ class SelectMoeConfig(OlmoeConfig):
     Attributes:
         quality_gate_init_mean: mean of the gates' initial weights.
         quality_gate_init_std: their standard deviation.
-        quality_gate_init_bias: initial bias; None: 0 for observers, +3 for applied gates (0 would halve every MoE output).
+        quality_gate_init_bias: initial bias, so that a fresh gate says 0.95 of every token: an applied gate of bias 0 would
+            halve every MoE output, and observers trained from +3 rank best (docs/experiments/judge.md).
         gate_mode: `observer` (the gate only reads) or `applied` (it scales the MoE's output).
         trash_expert_mode: what takes the MoE's place where an applied gate closes: `zero`; `noise` (normal with the
             token's mean and standard deviation; its mean in eval mode); `custom` (a callable that whoever loads the model
@@ -53,7 +54,7 @@ class SelectMoeConfig(OlmoeConfig):
 
     quality_gate_init_mean: float = 0.0
     quality_gate_init_std: float = 0.02
-    quality_gate_init_bias: float | None = None
+    quality_gate_init_bias: float = 3.0
     gate_mode: str = "observer"
     trash_expert_mode: str = "zero"
     quality_loss_type: str = "sigmoid"
@@ -63,13 +64,11 @@ class SelectMoeConfig(OlmoeConfig):
     qk_norm: bool | str = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the bias and refuse unknown names.
+        """Refuse unknown names.
 
         Raises:
             UserError: an unknown gate mode, trash expert, norm or loss, or a trash expert that is an import path.
         """
-        if self.quality_gate_init_bias is None:
-            self.quality_gate_init_bias = 3.0 if self.gate_mode == "applied" else 0.0
         if names_code(self.trash_expert_mode):
             raise UserError(
                 f"trash_expert_mode={self.trash_expert_mode} names code, which no checkpoint may: write custom there, "

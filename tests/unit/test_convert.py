@@ -22,7 +22,7 @@ from selectmoe.cli import main
 from selectmoe.config import load
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.manifest import read_manifest
-from selectmoe.modeling import OriginalOlmoe, SelectMoeForCausalLM, apply_gates, realign
+from selectmoe.modeling import OriginalOlmoe, SelectMoeConfig, SelectMoeForCausalLM, apply_gates, realign
 from selectmoe.router_weights import router_parameters, save_router_weights
 from selectmoe.run import RunConfig
 from selectmoe.storage import S3Store
@@ -301,7 +301,8 @@ def test_spec7_06_gates_are_as_asked_seeded_per_layer_and_the_config_says_so(tmp
     gates = [f"model.layers.{i}.quality_gate.weight" for i in range(2)]
     assert not torch.equal(one[gates[0]], one[gates[1]])
     assert not torch.equal(one[gates[0]], two[gates[0]])
-    assert one["model.layers.0.quality_gate.bias"] == 0
+    assert one["model.layers.0.quality_gate.bias"] == 3
+    assert SelectMoeConfig().quality_gate_init_bias == 3
     wide, _ = convert.initial_gate(
         0,
         {"hidden_size": 4096, "quality_gate_init_std": 0.5, "quality_gate_init_mean": 0, "quality_gate_init_bias": 0},
@@ -369,10 +370,14 @@ def test_an_observer_becomes_an_applied_gate_and_trained_weights_come_along(tmp_
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor) == (not name.endswith("mlp.gate.weight"))
-    bare = dict(checkpoint.read_tensors(convert.run(config(observer, tmp_path / "bare", apply={"gain": 2.0}))))
     was = dict(checkpoint.read_tensors(observer))
-    assert torch.equal(bare[convert.gate_name(0, "weight")], was[convert.gate_name(0, "weight")] * 2)
-    assert bare[convert.gate_name(0, "bias")] == 3
+    for start in (3.0, 0.0):  # what gates began with plays no part: an untrained one says sigmoid(apply.bias)
+        began = {"quality_gate_init_bias": start}
+        other = convert.run(config(source, tmp_path / f"began-{start}", model=began))
+        made = convert.run(config(other, tmp_path / f"bare-{start}", apply={"gain": 2.0}))
+        bare = dict(checkpoint.read_tensors(made))
+        assert torch.equal(bare[convert.gate_name(0, "weight")], was[convert.gate_name(0, "weight")] * 2)
+        assert bare[convert.gate_name(0, "bias")] == 3
 
     for path, keys, message in (
         (source, {"gain": 1.0}, "expected select_moe"),

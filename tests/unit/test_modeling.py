@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from selectmoe import allowed_code
 from selectmoe.errors import UserError
-from selectmoe.gates import TrashExpert
+from selectmoe.gates import GATE_MODES, TrashExpert
 from selectmoe.losses import LOSSES
 from selectmoe.modeling import (
     OriginalOlmoe,
@@ -237,8 +237,8 @@ def test_spec7_05_unknown_names_are_errors_that_list_the_known(key: str, value: 
 def test_spec7_06_initial_values_are_the_ones_asked_for() -> None:
     gates = judge(quality_gate_init_mean=0.7, quality_gate_init_std=0.0, quality_gate_init_bias=-1.5).model.layers
     assert all((layer.quality_gate.weight == 0.7).all() and layer.quality_gate.bias == -1.5 for layer in gates)
-    assert judge().model.layers[0].quality_gate.bias == 0
-    assert judge(gate_mode="applied").model.layers[0].quality_gate.bias == 3
+    for mode in GATE_MODES:
+        assert judge(gate_mode=mode).model.layers[0].quality_gate.bias == 3
     spread = judge(hidden_size=1024, quality_gate_init_std=0.5).model.layers[0].quality_gate.weight.detach().std()
     assert abs(float(spread) - 0.5) < 0.05
 
@@ -297,12 +297,15 @@ def test_a_custom_trash_expert_runs_where_the_caller_gives_it_and_no_checkpoint_
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_an_observer_becomes_an_applied_gate_with_gain_and_bias() -> None:
-    model, ids = judge(quality_gate_init_std=0.5), tokens()
+@pytest.mark.parametrize("bias", [3.0, 0.0, -1.0])
+def test_an_observer_becomes_an_applied_gate_with_gain_and_bias(bias: float) -> None:
+    model, ids = judge(quality_gate_init_std=0.5, quality_gate_init_bias=bias), tokens()
     before = model(ids, output_router_logits=True).quality_score[0]
     apply_gates(model, 0.3, 3.0)
     after = model(ids, output_router_logits=True)
-    torch.testing.assert_close(after.quality_score[0], 0.3 * before + 3.0)
+    torch.testing.assert_close(after.quality_score[0], 0.3 * (before - bias) + 3.0)
+    untrained = torch.stack([layer.quality_gate.bias.detach() for layer in model.model.layers])
+    torch.testing.assert_close(untrained, torch.full_like(untrained, 3.0))  # whatever it began with
     assert not torch.equal(after.logits, judge(quality_gate_init_std=0.5)(ids).logits)
     fresh = judge(gate_mode="applied")
     fresh.load_state_dict(model.state_dict())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,17 @@ from bench.judge import applied, design, features, foreign, gates, page, pools, 
 from bench.judge.design import Cell, Design
 from bench.judge.findings import Evaluation, choose
 from selectmoe import corruption, template
+from selectmoe.convert import GateOptions
 from selectmoe.losses import LOSSES
-from selectmoe.modeling import load_judge
+from selectmoe.modeling import SelectMoeConfig, load_judge
 from selectmoe.pool import Row, content_id, locate, read_pool
 from selectmoe.router_data import RouterData
 from selectmoe.scores import auc
+from selectmoe.select import SelectConfig
+from selectmoe.selection import Arm
+from selectmoe.warmup import RECIPES, WarmupConfig
 
+ROOT = Path(__file__).parents[2]
 KINDS = ["", "", "", "", "swapped", "swapped", "truncated", "truncated", "truncated"]
 VALUES = [0.9, 0.8, 0.4, 0.4, 0.4, 0.3, 0.95, 0.1, 0.2]
 
@@ -176,7 +182,7 @@ def test_features_give_the_scores_of_warmup_and_route(loss, rate, small_pool, sm
     pool_rows = read_pool(locate(small_pool))
     size = len(pool_rows)
     d = dataclasses.replace(design.smoke(), batch=size, epochs=3, kinds=("upper",), max_length=64)
-    cell = Cell("A", "observer", loss, 0.0, 3, "clean", size, rate)
+    cell = Cell("A", "observer", loss, 3.0, 3, "clean", size, rate)
     data = pools.publish(pool_rows, tmp_path / "rows")
     weights = applied.warm_up(d, cell, judge, data, tmp_path / "warmup")
     data = applied.route_pool(d, judge, str(weights), data, tmp_path / "route", rivals=False)
@@ -190,7 +196,7 @@ def test_features_give_the_scores_of_warmup_and_route(loss, rate, small_pool, sm
         [], [], pool_rows, [], {(r.key, "upper"): c for r, c in zip(pool_rows, copies, strict=True)}
     )
     steps = [[(row.key, label) for row, label in step] for step in pools.steps(d, study, cell)]
-    start = gates.initial(2, 32, 0.0, 42)  # the seed with which the checkpoint was converted
+    start = gates.initial(2, 32, 3.0, 42)  # bias and seed with which the checkpoint was converted
     trained = gates.train(found, steps, cell.loss, start, cell.rate)
     assert (trained.weight - start.weight).abs().max() > 0.01
     before, after, opposite = gates.pooled(found, [start, trained, trained.negated()], data.keys)
@@ -270,6 +276,16 @@ def test_choice_is_the_largest_gain_over_perplexity_on_average():
     ]  # not in the grid; kinds seen
     chosen = choose(groups, d)
     assert (chosen["cell"]["loss"], chosen["score"]) == ("entropy", "answer")
+
+
+def test_what_the_study_chose_is_what_the_commands_do_by_default():
+    chosen = json.loads((ROOT / "docs/experiments/judge.json").read_text())["chosen"]
+    cell, added, warmup = chosen["cell"], GateOptions(), WarmupConfig()
+    assert (added.gate_mode, added.quality_gate_init_bias) == (cell["mode"], cell["bias"])
+    assert SelectMoeConfig().quality_gate_init_bias == cell["bias"]
+    assert RECIPES[warmup.recipe] == (cell["mode"], cell["loss"])
+    assert (warmup.loss, warmup.training.quality_loss_weight) == (cell["loss"], cell["weight"])
+    assert SelectConfig().score == Arm("", "").score == chosen["score"]
 
 
 def test_page_says_which_way_an_interval_points():

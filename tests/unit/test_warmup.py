@@ -42,7 +42,8 @@ def last(out, name):
 
 
 def test_observers_learn_to_tell_rows_from_corrupted_copies(observer, small_pool, tmp_path):
-    out = warmup.run(config(observer, small_pool, tmp_path / "w", epochs=6, corruptions=["random_chars"]))
+    more = {"epochs": 6, "learning_rate": 0.1, "corruptions": ["random_chars"]}
+    out = warmup.run(config(observer, small_pool, tmp_path / "w", **more))
     assert last(out, "good_ratio/pool") > last(out, "good_ratio/corrupted") + 0.02
     weights = read_router_weights(out)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
