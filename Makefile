@@ -47,7 +47,7 @@ docs-test: setup ## the commands of README and docs
 study-kill: setup ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick)
 	@$(PYTHON) -m bench.study_kill .selectmoe/study-kill preset=$(PRESET)
 
-study-judge: setup ## which gate loss makes a judge? some 80 minutes; goes on after a kill; writes docs/experiments/judge.md
+study-judge: setup ## which gate loss makes a judge? two hours of two idle cores at most; goes on after a kill; writes docs/experiments/judge.md
 	@$(PYTHON) -m bench.study_judge .selectmoe/study-judge
 
 study-test: setup ## the study of gate losses on a tiny model, killed and started again

@@ -2,6 +2,7 @@
 
     make study-judge                                       # python -m bench.study_judge .selectmoe/study-judge
     python -m bench.study_judge FOLDER --smoke --page DIR   # everything on a tiny model, in less than a minute
+    python -m bench.study_judge                             # no FOLDER: the page anew from judge.json, nothing is run
 
 SmolLM2-135M, upcycled at full depth, is warmed up with every loss in both gate modes, and ranks rows some of which are
 corrupted copies. Observers cannot change what the model computes: the model reads every row once, and all observers are
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from selectmoe.progress import quiet
@@ -27,16 +27,22 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(arguments: list[str]) -> int:
     """Run the study, or what is missing of it, and write the page."""
     parser = argparse.ArgumentParser(description="Which gate loss makes a judge?")
-    parser.add_argument("folder", type=Path, help="where finished work is kept")
+    parser.add_argument("folder", type=Path, nargs="?", help="where finished work is kept")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few rows: proves that it runs")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/experiments", help="folder of the page")
     given = parser.parse_args(arguments)
     quiet()
     from bench.judge import findings, page
+
+    if given.folder is None:
+        if given.smoke:
+            parser.error("--smoke needs a folder")
+        page.rewrite(given.page)
+        print(given.page / page.PAGE)
+        return 0
     from bench.judge.design import Cell, Design, applied_cells, confirming_cells, observer_cells, smoke, untrained_cells
     from bench.judge.study import Study
 
-    started = time.monotonic()
     d = smoke() if given.smoke else Design()
     study = Study(given.folder.resolve(), d)
     observers, through = observer_cells(d), applied_cells(d)
@@ -56,7 +62,7 @@ def main(arguments: list[str]) -> int:
     study.run_applied([c for c in confirming if c.mode == "applied"])
     study.run_transfer(findings.brought_cells(d, cell), "B")
     results = {
-        **page.provenance(study, given.smoke, time.monotonic() - started),
+        **page.provenance(study, given.smoke),
         "rivals": {
             f"{name}, {rows}": e.rival_table() for rows, part in found.sets().items() for name, e in part.items()
         },

@@ -20,12 +20,14 @@ from bench.judge.study import Study, commit
 PAGE = "judge.md"
 FIGURE = "judge.png"
 RESULTS = "judge.json"
+AIM = 120
+"""Minutes of wall time that the study may take on two cores with nothing else running."""
 
 Number = Mapping[str, Any]
 Results = Mapping[str, Any]
 
 
-def provenance(study: Study, smoke: bool, seconds: float) -> dict[str, Any]:
+def provenance(study: Study, smoke: bool) -> dict[str, Any]:
     """What the numbers come from."""
     cells = sorted((study.folder / "cells").glob("*.npz"))
     begun = json.loads(study.store.get("begun.json") or b"{}")
@@ -41,7 +43,7 @@ def provenance(study: Study, smoke: bool, seconds: float) -> dict[str, Any]:
         "rows": {name: study.count(name) for name in study.pools},
         "cells": len(cells),
         "cell_seconds": sum(spent),
-        "last_start_seconds": seconds,
+        "wall_seconds": study.clock(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
@@ -54,6 +56,11 @@ def write(results: Results, folder: Path) -> None:
     (folder / RESULTS).write_text(json.dumps(kept, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
     draw(kept, folder / FIGURE)
     (folder / PAGE).write_text("\n".join(lines(kept)) + "\n", encoding="utf-8")
+
+
+def rewrite(folder: Path) -> None:
+    """Write figure and page of the results that are stored there: after a change of words, without the study."""
+    write(json.loads((folder / RESULTS).read_text(encoding="utf-8")), folder)
 
 
 def lines(r: Results) -> Iterator[str]:
@@ -118,8 +125,8 @@ def _head(r: Results) -> Iterator[str]:
     later = "" if r["commit_page"] == r["commit"] else f" (finished and written at `{r['commit_page']}`)"
     sources = "; ".join(f"{name}: {', '.join(names)}" for name, names in d["sources"])
     yield (
-        f"Commit `{r['commit']}`{later}, {r['cores']} cores, {r['cells']} cells in {r['cell_seconds'] / 60:.0f} min (training and "
-        f"scoring; reading the rows comes on top). Written by the command from `{RESULTS}`, which holds every number. Judge: "
+        f"Commit `{r['commit']}`{later}, {r['cells']} cells. {wall(r)} Written by the command from `{RESULTS}`, which holds every "
+        "number. Judge: "
         f"{r['layers_of_judge']} layers{'' if r['smoke'] else ' (SmolLM2-135M-Instruct upcycled at full depth, 4 experts, top-1)'}. "
         f"Two pools without a common source ({sources}), "
         + ", ".join(f"{n}: {c['clean']} clean and {c['planted']} planted rows scored" for n, c in rows.items())
@@ -133,6 +140,16 @@ def _head(r: Results) -> Iterator[str]:
     )
 
 
+def wall(r: Results) -> str:
+    """How long it took, and what else the machine did."""
+    which = "over all starts" if "wall_seconds" in r else "by the last start"
+    seconds = r.get("wall_seconds", r.get("last_start_seconds", 0.0))
+    return (
+        f"Wall time {seconds / 60:.0f} min {which} on {r['cores']} cores, whose load was {r['load']:.1f} when it ended "
+        f"(aim: {AIM} min with nothing else running); training and scoring cells took {r['cell_seconds'] / 60:.0f} min of it."
+    )
+
+
 def beats(x: Number) -> str:
     """In words, which way a paired difference's interval points."""
     return "beats it" if x["low"] > 0 else "loses to it" if x["high"] < 0 else "cannot be told from it"
@@ -140,24 +157,7 @@ def beats(x: Number) -> str:
 
 def _answer(r: Results) -> Iterator[str]:
     yield "## The answer\n"
-    recipe = find(
-        r,
-        pool="A",
-        mode="applied",
-        loss="sigmoid",
-        bias=0.0,
-        warm="clean",
-        rate=r["design"]["applied_rate"],
-        weight=1.0,
-    )
-    if recipe:
-        s = recipe["scores"]["legacy"]
-        chance = "above" if s["macro"]["low"] > 0.5 else "below" if s["macro"]["high"] < 0.5 else "not different from"
-        yield (
-            f"- The predecessor's recipe (applied gate, `sigmoid`, bias 0, score `legacy`): AUC {interval(s['macro'])}, {chance} chance; "
-            f"minus `nll` {interval(s['minus_nll'], True)}: it {beats(s['minus_nll'])}; minus the best untrained gates "
-            f"{interval(s['minus_untrained'], True)}: it {beats(s['minus_untrained'])}."
-        )
+    yield from _recipe(r)
     for group in r["confirmed"]["groups"]:
         cell = group["cell"]
         if same(cell, r["chosen"]["cell"]):
@@ -168,8 +168,13 @@ def _answer(r: Results) -> Iterator[str]:
                 f"{beats(s['minus_nll'])}; minus the best untrained gates {interval(s['minus_untrained'], True)}: it "
                 f"{beats(s['minus_untrained'])}."
             )
-            c = group["scores"]["combined"]["minus_nll"]
-            yield f"  With perplexity in it (`combined`): minus `nll` {interval(c, True)}: it {beats(c)}."
+            c, rival = group["scores"]["combined"], r["rivals"]["B, all rows"]["nll_ifd"]["macro"]
+            more = c["macro"]["value"] - rival["value"]
+            yield (
+                f"  With perplexity in it (`combined`): AUC {interval(c['macro'])}; minus `nll` {interval(c['minus_nll'], True)}: it "
+                f"{beats(c['minus_nll'])}. The same ranks without a gate (`nll_ifd`) have {interval(rival)}: the gate adds "
+                f"{f'{more:+.3f}' if more > 0 else 'nothing'} to them (no paired interval)."
+            )
     for which, words in (("minus_untrained", "the best untrained gates"), ("minus_nll", "`nll`")):
         names = [
             f"{g['cell']['mode']} {label(g['cell'])}, bias {g['cell']['bias']:g}, {g['cell']['warm']} (`{name}`)"
@@ -182,6 +187,28 @@ def _answer(r: Results) -> Iterator[str]:
     yield (
         f"- One untrained gate can look good: over {untrained['n']} initialisations the AUC of `answer` goes from "
         f"{untrained['smallest']:.2f} to {untrained['largest']:.2f}; only their mean is a coin ({interval(untrained)})."
+    )
+
+
+def _recipe(r: Results) -> Iterator[str]:
+    """What the predecessor's recipe reaches: at its own learning rate, and at the one that few steps need."""
+    d, found = r["design"], []
+    for rate in (design.SEED_RATE, d["applied_rate"]):
+        fixed = {"pool": "A", "mode": "applied", "loss": "sigmoid", "bias": 0.0, "warm": "clean", "weight": 1.0}
+        if group := find(r, **fixed, rate=rate):
+            found.append((rate, group["scores"]["legacy"]))
+    if not found:
+        return
+    coin = "better than a coin" if any(s["macro"]["low"] > 0.5 for _, s in found) else "no better than a coin"
+    told = [
+        f"at {'its own' if rate == design.SEED_RATE else 'the'} learning rate {rate:g} AUC {interval(s['macro'])}, minus `nll` "
+        f"{interval(s['minus_nll'], True)} (it {beats(s['minus_nll'])}), minus the best untrained gates "
+        f"{interval(s['minus_untrained'], True)} (it {beats(s['minus_untrained'])})"
+        for rate, s in found
+    ]
+    yield (
+        f"- The predecessor's recipe (applied gate, `sigmoid`, bias 0, score `legacy`) is {coin} after the "
+        f"{d['applied_rows'] * d['epochs'] // d['batch']} steps that it had: {'; '.join(told)}."
     )
 
 
@@ -258,6 +285,7 @@ def _choice(r: Results) -> Iterator[str]:
     )
     rows = [[o["mode"], o["loss"], f"{o['bias']:g}", o["score"], f"{o['minus_nll']:+.3f}"] for o in c["order"][:8]]
     yield from table(["mode", "loss", "bias", "score", "minus nll"], rows)
+    yield from _bias(r)
     yield (
         "\nWeight: an observer's loss stands alone and AdamW divides by its size, so a factor changes nothing but whether gradients are clipped: "
         "it stays 1. For applied gates it weighs the gate's loss against the cross-entropy:\n"
@@ -273,6 +301,45 @@ def _choice(r: Results) -> Iterator[str]:
         for g in wanted
     ]
     yield from table(["weight", "learning rate", "bias", "answer", "legacy"], rows)
+    yield from _applied_half(r)
+
+
+def _bias(r: Results) -> Iterator[str]:
+    """The chosen bias beside the others, which differ in nothing else."""
+    cell, name = r["chosen"]["cell"], r["chosen"]["score"]
+    told = []
+    for warm in design.WARM:
+        wanted = {key: cell[key] for key in ("pool", "mode", "loss", "rows", "rate", "weight")} | {"warm": warm}
+        found = [(bias, find(r, **wanted, bias=bias)) for bias in design.BIASES]
+        values = {bias: g["scores"][name]["macro"] for bias, g in found if g}
+        if cell["bias"] in values and len(values) > 1:
+            others = ", ".join(f"{interval(x)} at {bias:g}" for bias, x in values.items() if bias != cell["bias"])
+            told.append(f"{interval(values[cell['bias']])} against {others} ({warm} warm-up)")
+    if told:
+        yield (
+            f"\nBias: {'; '.join(told)}. These are not paired, and pool B saw the chosen bias only. Observers and applied gates begin "
+            f"with {cell['bias']:g} in the code too (`model.quality_gate_init_bias`)."
+        )
+
+
+def _applied_half(r: Results) -> Iterator[str]:
+    """What the applied gates of this study do not show."""
+    d, told = r["design"], []
+    for bias in design.BIASES:
+        values = [
+            g["scores"]["legacy"]["macro"]["value"]
+            for g in r["groups"]
+            if is_main(r, g["cell"]) and (g["cell"]["mode"], g["cell"]["warm"]) == ("applied", "clean")
+            if g["cell"]["bias"] == bias and g["cell"]["loss"] not in (UNTRAINED, "contrastive")
+        ]
+        if values:
+            told.append(f"at bias {bias:g} `legacy` is {min(values):.4f} to {max(values):.4f}")
+    yield (
+        f"\n**The applied half does not compare losses**: at weight 1, times `router_aux_loss_coef` 0.01, the cross-entropy decides, and the "
+        f"losses without corrupted copies ({len(d['applied_losses']) - 1}) differ in the fourth digit or the third ({'; '.join(told)}); weight "
+        "100 was tried with `sigmoid` at bias 3 only. Nor does it train routers: the judge's experts are copies of each other and one is "
+        "taken with the weight 1, so that a router has no gradient."
+    )
 
 
 def _confirmation(r: Results) -> Iterator[str]:
@@ -298,7 +365,11 @@ def _confirmation(r: Results) -> Iterator[str]:
 
 def _dependence(r: Results) -> Iterator[str]:
     d = r["design"]
-    yield "## Rows, learning rate, layers, sources\n\nObservers, bias 0, clean warm-up, score `answer`. Rows of the warm-up:\n"
+    elsewhere = "" if r["chosen"]["cell"]["bias"] == 0 else f", not the chosen {r['chosen']['cell']['bias']:g}"
+    yield (
+        f"## Rows, learning rate, layers, sources\n\nObservers, clean warm-up, score `answer`; bias 0{elsewhere}, but for the layers. Rows of "
+        "the warm-up:\n"
+    )
     counts = [*d["row_counts"], d["warm"]]
     losses = [name for name in dict.fromkeys(g["cell"]["loss"] for g in r["groups"]) if name != UNTRAINED]
 
@@ -320,7 +391,8 @@ def _dependence(r: Results) -> Iterator[str]:
     yield "\nPeak learning rate:\n"
     yield from table(["loss", *(f"{rate:g}" for rate in rates)], [line(loss, "rate", rates) for loss in losses])
     if r["layers"]:
-        yield "\nLayers that are used, of the observer that stands first in the order of the choice:\n"
+        first = next(o for o in r["chosen"]["order"] if o["mode"] == "observer")
+        yield f"\nLayers that are used, of the observer that stands first in the order of the choice ({first['loss']}, bias {first['bias']:g}):\n"
         shown = [(name, s) for name, s in r["layers"].items() if not name.isdigit()]
         single = {name: s["macro"]["value"] for name, s in r["layers"].items() if name.isdigit()}
         best = max(single, key=lambda name: single[name])
@@ -379,7 +451,7 @@ def _how(r: Results) -> Iterator[str]:
         "epoch and for every seed (`warmup` makes new ones), so that it is read once."
     )
     yield (
-        f"- Applied gates: `convert`, `warmup recipe=legacy` (through the model, routers trained too) and `route`, all layers, {d['applied_rows']} "
+        f"- Applied gates: `convert`, `warmup recipe=legacy` (through the model) and `route`, all layers, {d['applied_rows']} "
         f"warm-up rows, {d['epochs']} epochs, {d['applied_seeds']} seed(s), scored on {d['applied_clean']} clean rows and {d['applied_planted']} of "
         f"each kind; rate {d['applied_rate']:g} falling to 0: AdamW moves a weight by at most the sum of its rates, here "
         f"{reach(d['applied_rate'], d['applied_rows'] * d['epochs'] // d['batch']):.2f}; the predecessor's {design.SEED_RATE:g} over some 840 steps "

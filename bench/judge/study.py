@@ -54,6 +54,7 @@ class Study:
         self.folder = folder / design.digest
         self.store = LocalStore(self.folder)
         self.pools = {name: pools.make_pool(design, name) for name, _ in design.sources}
+        self.started, self.earlier = time.monotonic(), json.loads(self.store.get("clock.json") or b"0")
         if self.store.get("begun.json") is None:
             begun = {"commit": commit(), "design": dataclasses.asdict(design)}
             self.store.put_bytes("begun.json", json.dumps(begun, indent=1).encode())
@@ -137,6 +138,13 @@ class Study:
         contents: dict[str, Any] = {**arrays, "seconds": np.array(time.monotonic() - started)}
         np.savez_compressed(buffer, **contents)
         self.store.put_bytes(f"cells/{name}.npz", buffer.getvalue())
+        self.clock()
+
+    def clock(self) -> float:
+        """Seconds of wall time over all starts, kept: of a start that is killed, up to its last finished cell."""
+        seconds: float = self.earlier + time.monotonic() - self.started
+        self.store.put_bytes("clock.json", json.dumps(seconds).encode())
+        return seconds
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells that are not finished, each once."""

@@ -288,6 +288,12 @@ def test_what_the_study_chose_is_what_the_commands_do_by_default():
     assert SelectConfig().score == Arm("", "").score == chosen["score"]
 
 
+def test_the_page_is_what_the_results_say():
+    folder = ROOT / "docs/experiments"
+    said = "\n".join(page.lines(json.loads((folder / page.RESULTS).read_text()))) + "\n"
+    assert said == (folder / page.PAGE).read_text(), "stale: python -m bench.study_judge"
+
+
 def test_page_says_which_way_an_interval_points():
     assert page.beats({"low": 0.1, "high": 0.2}) == "beats it"
     assert page.beats({"low": -0.2, "high": -0.1}) == "loses to it"
