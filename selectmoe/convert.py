@@ -52,12 +52,12 @@ class GateOptions:
 
 @dataclass
 class ApplyOptions:
-    """Turn the observers of a Select-MoE checkpoint into applied gates: g = sigmoid(gain * (s - initial bias) + bias)."""
+    """Turn the observers of a Select-MoE checkpoint into applied gates: g = sigmoid(gain * s + bias)."""
 
     gain: float | None = identity(
         None, doc="give it to do so (0.3): what scores are multiplied by; source_model is then a Select-MoE checkpoint"
     )
-    bias: float = identity(3.0, doc="what an untrained gate's score becomes: the larger, the more of the MoE stays")
+    bias: float = identity(3.0, doc="what is then added: the larger, the more of the MoE's output stays")
     weights: str = input_("", doc="trained gates: warmup's output or its file; default: those in the checkpoint")
 
 
@@ -178,8 +178,6 @@ def applied_config(source: checkpoint.Source, config: ConvertConfig) -> dict[str
 def applied_gates(source: checkpoint.Source, stored: dict[str, Stored], config: ConvertConfig) -> dict[str, Tensor]:
     """The gates of an observer, trained ones where they are named, scaled and shifted; trained routers unchanged.
 
-    What is scaled is how far a score lies from the bias that gates began with, as in `modeling.apply_gates`.
-
     Raises:
         UserError: the trained weights are none, or another model's.
     """
@@ -202,12 +200,10 @@ def applied_gates(source: checkpoint.Source, stored: dict[str, Stored], config: 
             raise UserError(f"apply.weights={config.apply.weights} does not fit source_model: see {odd[0]}")
         found |= trained
     assert config.apply.gain is not None
-    began = float(source.config.get("quality_gate_init_bias", GateOptions().quality_gate_init_bias))
     for name, tensor in found.items():
-        if name.endswith("quality_gate.bias"):
-            found[name] = (tensor.float() - began) * config.apply.gain + config.apply.bias
-        elif ".quality_gate." in name:
-            found[name] = tensor.float() * config.apply.gain
+        if ".quality_gate." in name:
+            shift = config.apply.bias if name.endswith("bias") else 0.0
+            found[name] = tensor.float() * config.apply.gain + shift
         else:  # a router, which was trained in float32
             kept = shards.FLOATS[stored[name].dtype]
             found[name] = tensor.to(getattr(torch, kept if config.dtype == "keep" else config.dtype))

@@ -359,10 +359,10 @@ def open_gates(model: SelectMoeForCausalLM) -> None:
 
 
 def apply_gates(model: SelectMoeForCausalLM, gain: float, bias: float) -> None:
-    """Turn a trained observer into a model with applied gates, g = sigmoid(gain * (s - b) + bias), in place.
+    """Turn a trained observer into a model with applied gates, g = sigmoid(gain * s + bias), in place.
 
-    b is the bias that the gates began with, so that gain and bias mean the same whatever it was: gates that were never
-    trained say sigmoid(bias), trained ones more or less than that.
+    The bias that the gates began with plays no part once they are trained: `contrastive`, with as many rows as copies,
+    brings the mean score to about 0 from wherever it was (docs/conversion.md).
 
     Args:
         model: with gates in observer mode.
@@ -380,7 +380,7 @@ def apply_gates(model: SelectMoeForCausalLM, gain: float, bias: float) -> None:
             if isinstance(module, SelectMoeDecoderLayer):
                 module.gate_mode = "applied"
                 module.quality_gate.weight.mul_(gain)
-                module.quality_gate.bias.sub_(model.config.quality_gate_init_bias).mul_(gain).add_(bias)
+                module.quality_gate.bias.mul_(gain).add_(bias)
 
 
 def load_judge(

@@ -371,13 +371,13 @@ def test_an_observer_becomes_an_applied_gate_and_trained_weights_come_along(tmp_
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor) == (not name.endswith("mlp.gate.weight"))
     was = dict(checkpoint.read_tensors(observer))
-    for start in (3.0, 0.0):  # what gates began with plays no part: an untrained one says sigmoid(apply.bias)
+    for start in (3.0, 0.0):  # the whole score is scaled, the bias too
         began = {"quality_gate_init_bias": start}
         other = convert.run(config(source, tmp_path / f"began-{start}", model=began))
         made = convert.run(config(other, tmp_path / f"bare-{start}", apply={"gain": 2.0}))
         bare = dict(checkpoint.read_tensors(made))
         assert torch.equal(bare[convert.gate_name(0, "weight")], was[convert.gate_name(0, "weight")] * 2)
-        assert bare[convert.gate_name(0, "bias")] == 3
+        assert bare[convert.gate_name(0, "bias")] == 2 * start + 3
 
     for path, keys, message in (
         (source, {"gain": 1.0}, "expected select_moe"),

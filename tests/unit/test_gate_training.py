@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selectmoe import gate_training, pool, warmup
+from selectmoe import convert, gate_training, pool, warmup
 from selectmoe.config import load
 from selectmoe.errors import UserError
 from selectmoe.losses import LOSSES
 from selectmoe.manifest import read_manifest
-from selectmoe.router_weights import read_router_weights
+from selectmoe.modeling import load_judge
+from selectmoe.router_weights import load_router_weights, read_router_weights
 from selectmoe.template import encode_many, load_tokenizer
 
 
@@ -99,6 +100,26 @@ def test_held_out_rows_are_evaluated_before_and_after(rich, plain):
     assert found["eval/loss/quality"][12] < found["eval/loss/quality"][0]
     assert found["eval/auc"][12] > found["eval/auc"][0]
     assert found["eval/good_ratio/pool"][12] > found["eval/good_ratio/corrupted"][12]
+
+
+def test_a_trained_observer_is_applied_with_the_order_of_its_scores_and_keeps_most_of_the_model(
+    plain, judges, small_pool, tmp_path
+):
+    """Gates begin at +3; `contrastive` brings their scores to about 0, so that 0.3 and +3 open them to about 0.95."""
+    given = {"source_model": judges["observer"], "apply.weights": str(plain), "output_dir": str(tmp_path / "applied")}
+    made = convert.run(load(convert.ConvertConfig, {"apply": {"gain": 0.3}}, **given))
+    observer, applied = (load_judge(path, "cpu", torch.float32) for path in (judges["observer"], made))
+    load_router_weights(observer, str(plain))
+    rows = pool.read_pool(pool.locate(small_pool))
+    ids = [torch.tensor([e.input_ids]) for e in encode_many(rows, load_tokenizer(made), 512)]
+    with torch.no_grad():
+        before, after = (
+            torch.cat([model(i, output_router_logits=True).quality_score[0].flatten() for i in ids])
+            for model in (observer, applied)
+        )
+    assert abs(float(before.mean())) < 1.5
+    assert torch.allclose(after, 0.3 * before + 3.0, atol=1e-5)
+    assert 0.93 < float(after.sigmoid().mean()) < 0.97
 
 
 def test_what_is_frozen_is_proved_unchanged(rich, plain):
