@@ -90,7 +90,11 @@ def arithmetic(sizes: dict[str, Any], applied: bool) -> float:
 
 
 def main(rounds: int = 12, rows: int = 24, model: str = "18M") -> int:
-    """Measure and print; 1 where a model is over the aim by more than the rounds scatter (its lower quartile is)."""
+    """Measure and print; 1 where a model is over the aim.
+
+    Its median is compared, where this run could tell a model of the aim's cost from OLMoE itself (both quartiles of
+    `itself` are nearer to 1 than the aim); else its lower quartile.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -98,20 +102,22 @@ def main(rounds: int = 12, rows: int = 24, model: str = "18M") -> int:
     found, work = models(sizes), batches(rows, sizes["vocab_size"])
     print(f"ref-{model}, {rows} rows, {sum(int(mask.sum()) for _, mask in work)} tokens, {rounds} rounds, one thread")
     print(f"{'model':<16}{'router outputs':<16}{'ratio':>7}{'quartiles':>16}{'arithmetic':>12}")
-    worst = over = 0.0
+    worst = 0.0
+    over = False
     for record in (False, True):
         seconds = measure(found, work, rounds, record)
-        for name, own in seconds.items():
-            if name == "OLMoE":
-                continue
-            ratios = [a / b for a, b in zip(own, seconds["OLMoE"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+        ratios = {name: [a / b for a, b in zip(own, seconds["OLMoE"], strict=True)] for name, own in seconds.items()}
+        del ratios["OLMoE"]
+        tight = max(abs(quartile - 1) for quartile in statistics.quantiles(ratios["itself"], n=4)) < AIM - 1
+        for name, values in ratios.items():
+            low, middle, high = statistics.quantiles(values, n=4)
             bound = 1.0 if name == "itself" else arithmetic(sizes, name != "observer")
             print(f"{name:<16}{record!s:<16}{middle:>7.3f}{f'{low:.3f} {high:.3f}':>16}{bound:>12.5f}")
             if name != "itself":
-                worst, over = max(worst, middle), max(over, low)
+                worst, over = max(worst, middle), over or (middle if tight else low) > AIM
+        print(f"{'':<16}told apart by its {'median' if tight else 'lower quartile: this machine is too busy for more'}")
     print(f"largest median {worst:.3f}, aim {AIM}")
-    return int(over > AIM)
+    return int(over)
 
 
 if __name__ == "__main__":
