@@ -145,14 +145,16 @@ def test_a_frozen_tensor_that_changes_is_our_fault(judges, small_pool, tmp_path,
     assert not (tmp_path / "w" / "manifest.json").exists()
 
 
-def trainer(judges, small_pool, tmp_path, recipe="observer", **training):
-    """A training that was set up and not begun."""
+def trainer(judges, small_pool, tmp_path, recipe="observer", uneven=False, **training):
+    """A training that was set up and not begun; of rows of very different lengths where they are to be uneven."""
 
     class Out:
         leads = True
 
     given = config(judges, small_pool, tmp_path / "w", recipe, **training)
     rows = pool.read_pool(pool.locate(small_pool))[:8]
+    for n, row in enumerate(rows if uneven else []):
+        row.messages[1]["content"] += " and then" * (3 * n)
     return gate_training.GateTraining(given, rows, [], Out())
 
 
@@ -232,6 +234,51 @@ def test_a_mean_over_tokens_stays_one_however_it_is_cut(judges, small_pool, tmp_
     assert torch.allclose(*grads, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "contrastive"])
+def test_spec7_08_the_cross_entropy_is_a_mean_over_the_tokens_of_the_whole_step(judges, small_pool, tmp_path, loss):
+    """Rows of very different lengths weigh by their tokens, however they are shared out over micro-batches."""
+    found = []
+    for size in (1, 8):
+        made = trainer(
+            *(judges, small_pool, tmp_path, "legacy"),
+            **{"quality_loss_type": loss, "per_device_batch_size": size},
+            uneven=True,
+        )
+        told = made._step(0)
+        learned = [made.plan.learned(encoded) for encoded in made.plan.encoded]
+        assert max(learned) > 3 * min(learned)
+        found.append((told["loss/cross_entropy"], {name: p.grad for name, p in made.parameters.items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, one in found[0][1].items():
+        assert torch.allclose(one, found[1][1][name], rtol=1e-4, atol=1e-4 * float(one.abs().max())), name
+
+
+def test_weight_decay_shrinks_the_weights_by_rate_times_decay(judges, small_pool, tmp_path):
+    after = []
+    for decay in (0.0, 0.5):
+        made = trainer(judges, small_pool, tmp_path, weight_decay=decay)
+        before = {name: p.detach().clone() for name, p in made.parameters.items()}
+        made._step(0)
+        made.optimizer.step()
+        after.append({name: p.detach() for name, p in made.parameters.items()})
+    for name, start in before.items():
+        torch.testing.assert_close(after[0][name] - after[1][name], 0.01 * 0.5 * start, rtol=1e-2, atol=1e-6)
+
+
+def test_the_optimizer_steps_with_the_rate_that_is_logged(judges, small_pool, tmp_path, monkeypatch):
+    used, real = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        used.append({group["lr"] for group in self.param_groups})
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    given = config(judges, small_pool, tmp_path / "w", epochs=2, scheduler="cosine", warmup_ratio=0.5)
+    told = numbers(warmup.run(given))["learning_rate"]
+    assert used == [{told[n]} for n in range(4)]
+    assert len(set(told.values())) > 2
+
+
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(judges, small_pool, tmp_path):
     for limit in (0.0, 1e-3):
         made = trainer(judges, small_pool, tmp_path, max_grad_norm=limit)
@@ -249,6 +296,36 @@ def test_lower_precision_trains_float32_masters(judges, small_pool, tmp_path, re
     assert all(math.isfinite(value) for value in numbers(out)["loss"].values())
     trained = json.loads((out / "warmup.json").read_text())["trained"]
     assert all(read_router_weights(out)[name].dtype == torch.float32 for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "computed"),
+    [
+        ("float32", torch.float32, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("mixed", torch.float32, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["observer", "legacy"])
+def test_precision_is_what_the_frozen_model_is_kept_and_computed_in(
+    judges, small_pool, tmp_path, recipe, precision, weights, computed
+):
+    made = trainer(judges, small_pool, tmp_path, recipe, precision=precision)
+    layer, seen = made.model.model.layers[1].self_attn.q_proj, []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    made._step(0)
+    assert (layer.weight.dtype, set(seen)) == (weights, {computed})
+    assert {p.grad.dtype for p in made.parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_every_layer_twice(judges, small_pool, tmp_path, checkpointing, times):
+    made = trainer(judges, small_pool, tmp_path, "legacy", gradient_checkpointing=checkpointing)
+    seen = []
+    for n, layer in enumerate(made.model.model.layers):
+        layer.mlp.register_forward_hook(lambda module, args, out, n=n: seen.append(n))
+    made._step(0)
+    assert sorted(seen) == sorted([0, 1] * times)
 
 
 @pytest.mark.parametrize("field", [{"gradient_checkpointing": True}, {"eval_every": 1, "eval_rows": 2}])

@@ -107,6 +107,27 @@ def test_tensors_are_padded_on_the_right(rows, tokenizer):
     assert plan(rows, tokenizer).tensors(items, torch.device("cpu")).labels is None, "no cross-entropy is computed"
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_labels_are_those_of_the_mode_that_is_asked_for(rows, tokenizer, full, mask):
+    made = plan(rows, tokenizer, "legacy", full_sequence_prediction=full, mask_special_tokens=mask)
+    items = made.step(0)[0]
+    labels = made.tensors(items, torch.device("cpu")).labels
+    for item, line in zip(items, labels.tolist(), strict=True):
+        e = item.encoded
+        assert line[: len(e)] == template.labels(e, full, mask)
+        answers = [i for i, answer in enumerate(e.answer) if answer]
+        assert all(line[i] == e.input_ids[i] for i in answers)
+        asked = [i for i, user in enumerate(e.user) if user]
+        assert all((line[i] == e.input_ids[i]) == full for i in asked)
+        assert made.learned(e) == sum(label != template.IGNORED for label in line[1:])
+    sizes = {
+        plan(rows, tokenizer, "legacy", full_sequence_prediction=full, mask_special_tokens=m).learned(e)
+        for m in (False, True)
+    }
+    assert len(sizes) == 1 + full, "role tags are learned or not; where answers alone are, they are not"
+
+
 def test_spec7_20_what_is_trained_on_is_what_is_routed(rows, tokenizer):
     """The tokens of `warmup` are those of `template.encode_many`, which `route` reads too."""
     items = {item.row: item.encoded for batch in plan(rows, tokenizer).step(0) for item in batch if item.label}
