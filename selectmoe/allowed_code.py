@@ -45,6 +45,11 @@ def allow(paths: Iterable[str], key: str = "allow_code") -> None:
     _allowed.update(found)
 
 
+def allowed(path: str) -> bool:
+    """Whether this process's command line allows an import path."""
+    return path in _allowed
+
+
 def get(path: str, key: str) -> Callable[..., Any]:
     """The callable of an import path that was allowed.
 
@@ -55,7 +60,7 @@ def get(path: str, key: str) -> Callable[..., Any]:
     Raises:
         UserError: the command line has not allowed it.
     """
-    if path not in _allowed:
+    if not allowed(path):
         raise UserError(
             f"{key}={path} names code, which runs only where the command line says so: add allow_code=[{path}]"
         )

@@ -34,6 +34,7 @@ from selectmoe.glimpse import Glimpse, look
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
 from selectmoe.storage import prove_store
 from selectmoe.upcycle import DENSE, olmoe_config
+from selectmoe.warmup import RECIPES
 
 STAGE = "check"
 VERSION = 1
@@ -210,7 +211,7 @@ def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     """One resolved configuration per stage: no paths, and what the chain decides for all of them.
 
     Raises:
-        UserError: a stage's value is out of its range.
+        UserError: a stage's value is out of its range, or two stages' values do not fit.
     """
     budget = parse_budget(config.budget)
     common = {"seed": config.seed, "threads": config.threads}
@@ -234,6 +235,9 @@ def stage_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
             _validate(cls, stages[name], planted="oracle" in config.arms and name == "baseline")
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+    recipe, mode = config.warmup.recipe, config.convert.model.gate_mode
+    if mode != (needed := RECIPES[recipe][0]):
+        raise UserError(f"warmup.recipe={recipe} does not fit convert.model.gate_mode={mode}: it needs {needed}")
     return stages
 
 

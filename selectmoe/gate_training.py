@@ -85,7 +85,7 @@ class GateTraining:
         out: the stage's output, for metrics and committed progress.
 
     Raises:
-        UserError: no row has anything to learn, or the model has no such module to adapt.
+        UserError: no row has anything to learn.
     """
 
     def __init__(self, config: WarmupConfig, rows: list[Row], held: list[Row], out: Output) -> None:

@@ -31,6 +31,21 @@ def linear_layers(model: nn.Module) -> list[str]:
     return sorted(names - {GATES})
 
 
+def check_targets(config: dict[str, Any], wanted: list[str]) -> None:
+    """Prove from a judge's `config.json` that it has the layers that adapters are wanted on; no weights are read.
+
+    Raises:
+        UserError: a target module does not exist; lists those that do.
+    """
+    from selectmoe.modeling import SelectMoeConfig, SelectMoeForCausalLM
+
+    with torch.device("meta"):
+        empty = SelectMoeForCausalLM(SelectMoeConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    known = linear_layers(empty)
+    if unknown := sorted(set(wanted) - set(known)):
+        raise UserError(f"training.lora.target_modules: the judge has no {unknown[0]}; it has {', '.join(known)}")
+
+
 def _float_routers(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(ROUTER):
@@ -42,15 +57,10 @@ def add_adapters(model: Any, config: WarmupConfig) -> dict[str, nn.Parameter]:
 
     Returns:
         The trained parameters by name, float32.
-
-    Raises:
-        UserError: a target module does not exist; lists those that do.
     """
     from peft import LoraConfig, get_peft_model
 
-    lora, known = config.training.lora, linear_layers(model)
-    if unknown := sorted(set(lora.target_modules) - set(known)):
-        raise UserError(f"training.lora.target_modules: the judge has no {unknown[0]}; it has {', '.join(known)}")
+    lora = config.training.lora
     _float_routers(model)
     torch.manual_seed(config.seed)
     wanted = LoraConfig(

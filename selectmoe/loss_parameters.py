@@ -36,10 +36,15 @@ def check_loss(name: str, params: Mapping[str, Any] | None = None) -> dict[str, 
     """The loss's parameters, defaults filled in.
 
     Raises:
-        UserError: an unknown name or parameter, or a value of the wrong type or range; the message lists what is known.
+        UserError: an unknown name or parameter, or a value of the wrong type or range (the message lists what is known), or
+            an import path that the command line has not allowed: a config may hold none.
     """
     if names_code(name):
-        allowed_code.get(name, "quality_loss_type")
+        if not allowed_code.allowed(name):
+            raise UserError(
+                f"quality_loss_type={name} names code, which no checkpoint may: write sigmoid there, and give "
+                f"training.quality_loss_type={name} with allow_code=[{name}] to warmup"
+            )
         if params:
             raise UserError(f"quality_loss_params has the unknown key {min(params)!r}; {name} knows: none")
         return {}

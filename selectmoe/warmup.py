@@ -287,6 +287,10 @@ def prove(config: WarmupConfig) -> dict[str, Any]:
     positions = int(source.config.get("max_position_embeddings", t.max_length))
     if t.max_length > positions:
         raise UserError(f"training.max_length={t.max_length} is over the {positions} positions of {source.path}")
+    if t.lora.target_modules:
+        from selectmoe.judge_adapters import check_targets
+
+        check_targets(source.config, t.lora.target_modules)
     tokens, rows = len(load_tokenizer(source.path)), int(source.config["vocab_size"])
     if tokens > rows:
         raise UserError(f"the tokenizer of {source.path} has {tokens} tokens, its model's embedding {rows} rows")

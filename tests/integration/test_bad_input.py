@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +60,9 @@ def stage(words: str, says: str, **environment: str) -> Case:
 
 SELECT = "select router_data_dir={out} data={good} output_dir={out}"
 INGEST = "ingest data={good} output_dir={out}"
+WARMUP = "warmup selector_model.path={judge} data={other} output_dir={out}"
+LEGACY = "warmup recipe=legacy selector_model.path={applied} data={other} output_dir={out}"
+LOSSES = "sigmoid, mse, beta_moment_matching, mean_variance_regularization, entropy, contrastive"
 CASES = [
     # an unknown key
     *both(
@@ -116,6 +119,38 @@ CASES = [
     *both(
         "preset=tiny data={good} target_model={missing}",
         "target_model={missing} does not exist; expected a folder, s3://bucket/prefix, or a hub name like OWNER/NAME",
+    ),
+    # warm-up
+    stage(
+        "warmup data={other} output_dir={out}",
+        "selector_model.path= is missing (Select-MoE checkpoint, from `convert`)",
+    ),
+    stage(
+        LEGACY + " training.quality_loss_type=sigmiod",
+        "quality_loss_type='sigmiod' is unknown (did you mean sigmoid?); known: " + LOSSES,
+    ),
+    stage(
+        LEGACY + " training.quality_loss_type=mse training.quality_loss_params={lambda_var:1}",
+        "quality_loss_params has the unknown key 'lambda_var'; mse knows: target, sample_wise_averaging",
+    ),
+    stage(
+        LEGACY + " training.mode=lora training.lora.target_modules=[query]",
+        "training.lora.target_modules: the judge has no query; it has k_proj, lm_head, o_proj, q_proj, v_proj",
+    ),
+    stage(
+        WARMUP + " training.batch_size=8 training.per_device_batch_size=3",
+        "training.batch_size=8 is not a multiple of per_device_batch_size=3",
+    ),
+    stage(
+        "warmup selector_model.path={small} data={other} output_dir={out}",
+        "the tokenizer of {small} has 320 tokens, its model's embedding 10 rows",
+    ),
+    stage(WARMUP + " training.max_length=2", "no warm-up row has a token to learn: raise training.max_length"),
+    stage(WARMUP + " training.max_length=4096", "training.max_length=4096 is over the 1024 positions of {judge}"),
+    stage(
+        "warmup selector_model.path={coded} data={other} output_dir={out}",
+        "quality_loss_type=os:getcwd names code, which no checkpoint may: write sigmoid there, and give "
+        "training.quality_loss_type=os:getcwd with allow_code=[os:getcwd] to warmup",
     ),
     # places
     stage(
@@ -202,7 +237,22 @@ def row(n: int) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+def judges(small_judge: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small judges, two of them with a `config.json` that fits them not or is not to be trusted."""
+    places = {"judge": small_judge("observer"), "applied": small_judge("applied")}
+    for name, change in {"small": {"vocab_size": 10}, "coded": {"quality_loss_type": "os:getcwd"}}.items():
+        folder = tmp_path_factory.mktemp(name)
+        for file in Path(places["judge"]).iterdir():
+            if file.name not in ("manifest.json", "config.json"):
+                (folder / file.name).symlink_to(file)
+        config = json.loads((Path(places["judge"]) / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        places[name] = str(folder)
+    return places
+
+
+@pytest.fixture(scope="module")
+def here(judges: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     """A user's folder, a real S3 server beside it, and a port that is taken."""
     folder = tmp_path_factory.mktemp("user")
     rows: dict[str, list[dict[str, object]]] = {
@@ -211,6 +261,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
         "few": [*(row(n) for n in range(97)), *(dict[str, object](x=1) for _ in range(3))],
     }
     places = {name: str(folder / name) for name in ("out", "missing", "llama", "olmoe", "taken", "other")}
+    places |= judges
     places["not_json"] = str(folder / "not_json.jsonl")
     Path(places["not_json"]).write_text("this is\nno JSON\n")
     for name, lines in rows.items():

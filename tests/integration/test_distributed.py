@@ -30,6 +30,7 @@ import json, sys, time
 from selectmoe import cli, distributed, finetuning, gate_training
 
 saved, stepped = finetuning.Trainer.save, gate_training.GateTraining._step
+committed = gate_training.GateTraining._commit
 added, sharded = distributed.add_gradients, distributed.shard
 steps, shares = [], []
 
@@ -37,6 +38,12 @@ def hold(*args):
     saved(*args)
     print("committed", flush=True)
     time.sleep(600)
+
+def hold_gates(self, step):
+    committed(self, step)
+    if step == 2:
+        print("committed", flush=True)
+        time.sleep(600)
 
 def fail(self, step):
     if step == 2:
@@ -57,6 +64,7 @@ gate_training.COMMIT_SECONDS = finetuning.SAVE_SECONDS = -1.0
 distributed.add_gradients, distributed.shard = count, shard
 for mode, code, made, words in json.loads(sys.argv[1]):
     finetuning.Trainer.save = hold if mode == "hold" else saved
+    gate_training.GateTraining._commit = hold_gates if mode == "hold" else committed
     gate_training.GateTraining._step = fail if mode == "fail" else stepped
     steps.clear()
     shares.clear()
@@ -66,7 +74,7 @@ for mode, code, made, words in json.loads(sys.argv[1]):
 """
 """Commands in turn, with the exit code and the number of steps that each process is to have; every step is committed.
 
-hold: stop when fine-tuning has committed a state. fail: break off in the third step of warm-up.
+hold: stop when fine-tuning, or warm-up after two steps, has committed a state. fail: break off in the third step of warm-up.
 """
 
 COMMON = {"training.epochs": 1, "training.batch_size": 6, "training.per_device_batch_size": 2}
@@ -92,8 +100,8 @@ class World:
     target: str
     rows: str
 
-    def words(self, case: str, folder: str) -> list[str]:
-        """The command of one training."""
+    def words(self, case: str, folder: str, *more: str) -> list[str]:
+        """The command of one training, with further words."""
         stage, kind, mode = case.split("-")
         keys: dict[str, Any] = {"output_dir": self.root / folder, "training.distributed": mode, **COMMON}
         if stage == "warmup":
@@ -102,8 +110,8 @@ class World:
             keys |= {"holdout": self.pool, "training.eval_rows": 3}
         else:
             keys |= {"training.model": self.target, "dataset.data_path": self.rows, **FINETUNE}
-        more = RANKED if (stage, kind) == ("warmup", "lora") else []
-        return [stage, *(f"{key}={value}" for key, value in keys.items()), *more]
+        ranked = RANKED if (stage, kind) == ("warmup", "lora") else []
+        return [stage, *(f"{key}={value}" for key, value in keys.items()), *ranked, *more]
 
     def torchrun(self, commands: list[tuple[str, int, int, list[str]]]) -> subprocess.Popen[str]:
         program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]

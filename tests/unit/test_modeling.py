@@ -224,7 +224,7 @@ def test_spec7_03_11_one_valid_token_and_rows_without_learnable_tokens_stay_fini
         ("gate_mode", "aplied", "observer, applied"),
         ("trash_expert_mode", "nois", "zero, noise, custom"),
         ("qk_norm", "heads", "True, False, head"),
-        ("quality_loss_type", "os:system", r"names code.*add allow_code=\[os:system\]"),
+        ("quality_loss_type", "os:system", r"names code, which no checkpoint may.*allow_code=\[os:system\] to warmup"),
         ("trash_expert_mode", "os:system", "names code, which no checkpoint may"),
         ("quality_loss_type", "sigmod", "did you mean sigmoid"),
     ],

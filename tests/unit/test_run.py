@@ -8,6 +8,7 @@ from selectmoe import check, cli, run
 from selectmoe.config import leaves
 from selectmoe.errors import UserError
 from selectmoe.manifest import find_manifests, read_manifest
+from selectmoe.warmup import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,15 @@ def test_every_preset_that_ships_is_valid(preset, tmp_path):
     config = cli.compose("run", [f"preset={preset}", f"output_dir={tmp_path / 'o'}"])
     assert check.stage_configs(config)
     assert config.finetune.training.layers == config.evaluate.layers
+
+
+@pytest.mark.parametrize(("recipe", "mode"), [("legacy", "observer"), ("observer", "applied")])
+def test_a_recipe_and_a_gate_mode_that_do_not_fit_are_refused_before_anything_runs(recipe, mode, tmp_path):
+    words = ["preset=tiny", f"output_dir={tmp_path / 'o'}", f"warmup.recipe={recipe}"]
+    with pytest.raises(UserError, match=rf"warmup\.recipe={recipe} does not fit convert\.model\.gate_mode={mode}"):
+        check.stage_configs(cli.compose("run", [*words, f"convert.model.gate_mode={mode}"]))
+    fits = cli.compose("run", [*words, f"convert.model.gate_mode={RECIPES[recipe][0]}"])
+    assert check.stage_configs(fits)["warmup"]["recipe"] == recipe
 
 
 @pytest.mark.parametrize("stage", ["warmup", "finetune"])

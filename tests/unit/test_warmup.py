@@ -50,16 +50,29 @@ def test_observers_learn_to_tell_rows_from_corrupted_copies(observer, small_pool
     assert len((out / "warmup_rows.jsonl").read_text().splitlines()) == 16
 
 
-@pytest.mark.parametrize("recipe", ["observer", "legacy"])
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("observer", {}),
+        ("legacy", {}),
+        ("observer", {"token_budget": 256, "per_device_batch_size": 1, "max_length": 64, "group_by_length": True}),
+        ("observer", {"precision": "mixed", "scheduler": "cosine", "warmup_ratio": 0.3, "weight_decay": 0.1}),
+        (
+            "legacy",
+            {"mode": "lora", "train_routers": False, "lora": {"dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}},
+        ),
+    ],
+    ids=["observer", "legacy", "token budget, grouped", "mixed, cosine", "lora with dropout"],
+)
 def test_spec7_10_an_interrupted_warm_up_goes_on_to_the_same_bytes(
-    observer, small_olmoe, small_pool, tmp_path, monkeypatch, recipe
+    observer, small_olmoe, small_pool, tmp_path, monkeypatch, recipe, more
 ):
     judge = observer
     if recipe == "legacy":  # a trash expert's noise must be the same after the restart too
         model = {"gate_mode": "applied", "trash_expert_mode": "noise"}
         given = {"source_model": str(small_olmoe), "output_dir": str(tmp_path / "judge")}
         judge = str(convert.run(load(convert.ConvertConfig, {"model": model}, **given)))
-    whole = warmup.run(config(judge, small_pool, tmp_path / "a", recipe, epochs=2))
+    whole = warmup.run(config(judge, small_pool, tmp_path / "a", recipe, epochs=2, **more))
     monkeypatch.setattr(gate_training, "COMMIT_SECONDS", -1.0)
     real = LocalStore.put_bytes
 
@@ -72,7 +85,7 @@ def test_spec7_10_an_interrupted_warm_up_goes_on_to_the_same_bytes(
             raise Power
 
     monkeypatch.setattr(LocalStore, "put_bytes", put_then_fail)
-    resumed = config(judge, small_pool, tmp_path / "b", recipe, epochs=2)
+    resumed = config(judge, small_pool, tmp_path / "b", recipe, epochs=2, **more)
     with pytest.raises(Power):
         warmup.run(resumed)
     monkeypatch.setattr(LocalStore, "put_bytes", real)
@@ -226,7 +239,7 @@ def test_what_does_not_fit_is_refused_before_training(applied, small_pool, tmp_p
     ("change", "said"),
     [
         ({"vocab_size": 10}, "the tokenizer of .* has 320 tokens, its model's embedding 10 rows"),
-        ({"quality_loss_type": "os:getcwd"}, "names code, which runs only where the command line says so"),
+        ({"quality_loss_type": "os:getcwd"}, "names code, which no checkpoint may: write sigmoid there"),
         ({"quality_loss_type": "magic"}, "'magic' is unknown"),
     ],
 )
