@@ -4,7 +4,7 @@
 
 A checkpoint in OLMoE-1B-7B's own layout (H 2048, 64 experts of width 1024 in tensors of their own, bfloat16, several
 shards) with random bytes is made on the fly: 3.6 GB with four layers. Then `selectmoe convert` runs as a process of its own,
-as it is, with another dtype, and once killed by SIGKILL in the middle and started again.
+as it is, with another dtype, once killed by SIGKILL in the middle and started again, and to a real S3 server beside it.
 
 Aims: peak memory at most the largest source shard plus 500 MB; the result's tensors are the source's and the gates, byte by
 byte; a killed run writes no whole shard again and ends with the same identity. Time is stated against the bound: reading the
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.s3 import BUCKET, server
 from selectmoe import checkpoint, manifest, shards
 from selectmoe.convert import gate_name, olmoe_shapes
 
@@ -75,7 +76,7 @@ def weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def convert(source: Path, out: Path, *keys: str, kill_at: int = 0) -> tuple[float, int]:
+def convert(source: Path, out: Path | str, *keys: str, kill_at: int = 0) -> tuple[float, int]:
     """Run `selectmoe convert`, or kill it once so many shards are written.
 
     Returns:
@@ -88,7 +89,7 @@ def convert(source: Path, out: Path, *keys: str, kill_at: int = 0) -> tuple[floa
     started = time.monotonic()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     if kill_at:
-        staging = out / ".work" / "staging"
+        staging = Path(out) / ".work" / "staging"
         while not ((written := weights(staging)) and len(written) >= kill_at and list(staging.glob("*.part"))):
             if process.poll() is not None:
                 raise RuntimeError("it was done before it could be killed")
@@ -159,7 +160,10 @@ def main(layers: int, shard_bytes: int, folder: Path) -> bool:
     same = manifest.read_manifest(killed).identity == manifest.read_manifest(whole).identity
     print(f"whole shards written again: {len(again)} of {len(written)}; same identity: {same}")
     row("convert dtype=float32", *convert(source, wide, "dtype=float32"))
-    return fine and more == gates and same and not again
+    with server(folder / "buckets"):
+        row("convert output_dir=s3://", *convert(source, f"s3://{BUCKET}/out"))
+    sent = proved(source, folder / "buckets" / BUCKET / "out", layers)
+    return fine and more == gates == sent and same and not again
 
 
 if __name__ == "__main__":

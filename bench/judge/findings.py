@@ -24,7 +24,9 @@ from selectmoe.scores import mean_ranks, score
 GATE_SCORES = ("answer", "all", "legacy", "combined")
 CHOSEN_FROM = ("answer", "all", "legacy")
 """Scores that a gate alone makes; `combined` has perplexity in it."""
-RIVALS = ("nll", "ifd", "nll_ifd", "length", "router_entropy")
+ENTROPY = "router_entropy"
+"""A rival on the judge as it was; a score too where gates are applied, which changes what its routers read."""
+RIVALS = ("nll", "ifd", "nll_ifd", "length", ENTROPY)
 
 Floats = npt.NDArray[np.float64]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -33,14 +35,20 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 def rival_scores(data: RouterData) -> dict[str, Floats]:
     """What needs no gate; `nll_ifd` is the smaller of their ranks, `length` counts tokens, few routes are called good."""
     nll, ifd = score(data, "nll"), score(data, "ifd")
-    probs = np.clip(data.router_probs.astype(np.float64), 1e-12, None)
     return {
         "nll": nll,
         "ifd": ifd,
         "nll_ifd": np.minimum(mean_ranks(np.nan_to_num(nll, nan=-np.inf)), mean_ranks(np.nan_to_num(ifd, nan=-np.inf))),
         "length": data.tokens.astype(np.float64),
-        "router_entropy": (probs * np.log(probs)).sum(axis=2).mean(axis=1),
+        ENTROPY: decidedness(data.router_probs),
     }
+
+
+def decidedness(router_probs: npt.NDArray[Any]) -> Floats:
+    """Minus the entropy of the routing, mean over layers; [N, L, E] -> [N]."""
+    probs = np.clip(router_probs.astype(np.float64), 1e-12, None)
+    found: Floats = (probs * np.log(probs)).sum(axis=2).mean(axis=1)
+    return found
 
 
 def raw_score(arrays: Arrays) -> Floats:
@@ -65,7 +73,9 @@ class Evaluation:
         self.best: dict[str, Floats] = {}
 
     def value(self, arrays: Arrays, name: str) -> Floats:
-        """A gate's score of every row."""
+        """A gate's score of every row, or that of the routers beside it."""
+        if name == ENTROPY:
+            return decidedness(arrays["router_probs"])
         pooled: dict[str, Any] = {key: arrays[key] for key in ARRAYS}
         return score(dataclasses.replace(self.data, **pooled), name)
 
@@ -79,12 +89,13 @@ class Evaluation:
 
     def group(self, cells: Sequence[Cell], result: Callable[[Cell], Arrays]) -> dict[str, Any]:
         """All scores of one configuration, over its seeds; a left-out kind is judged by the gates that had not seen it."""
-        by_score: dict[str, dict[int, dict[str, Floats]]] = {name: {} for name in GATE_SCORES}
+        names = [*GATE_SCORES, *([ENTROPY] if "router_probs" in result(cells[0]) else [])]
+        by_score: dict[str, dict[int, dict[str, Floats]]] = {name: {} for name in names}
         in_sample = []
         for cell in cells:
             arrays = result(cell)
             in_sample += [float(arrays["in_sample"])] if "in_sample" in arrays else []
-            for name in GATE_SCORES:
+            for name in names:
                 found = statistics.aucs(self.value(arrays, name), self.draws, cell.left_out or None)
                 by_score[name].setdefault(cell.seed, {}).update(found)
         out: dict[str, Any] = {"cell": dataclasses.asdict(cells[0].group), "seeds": len(by_score["answer"])}

@@ -257,8 +257,8 @@ def _kinds(r: Results) -> Iterator[str]:
         cell = group["cell"]
         if not is_main(r, cell) or cell["warm"] != "clean":
             continue
-        for name in GATE_SCORES:
-            kinds = group["scores"][name]["kinds"]
+        for name, score in group["scores"].items():
+            kinds = score["kinds"]
             row = [cell["mode"], label(cell), f"{cell['bias']:g}", name]
             rows.append(
                 row + [f"{kinds[k]['value']:.2f} ({kinds[k]['low']:.2f}-{kinds[k]['high']:.2f})" for k in r["kinds"]]
@@ -350,8 +350,7 @@ def _confirmation(r: Results) -> Iterator[str]:
     if "brought" in r["confirmed"]:
         named.append((r["confirmed"]["brought"], "trained on A, clean"))
     for group, where in named:
-        for name in GATE_SCORES:
-            s = group["scores"][name]
+        for name, s in group["scores"].items():
             row = [group["cell"]["mode"], label(group["cell"]), where, name, interval(s["macro"])]
             rows.append([*row, interval(s["minus_nll"], True), interval(s.get("minus_untrained"), True)])
     for where in ("B, all rows", "B, rows of applied gates"):

@@ -205,7 +205,7 @@ class Study:
         for cell in progress(self.missing(cells), "applied gates", unit="judge"):
             started = time.monotonic()
             data = applied.run(self.d, cell, self.pools[cell.pool], self.base, folder)
-            self.keep(cell.name, {name: getattr(data, name) for name in gates.ARRAYS}, started)
+            self.keep(cell.name, {name: getattr(data, name) for name in (*gates.ARRAYS, "router_probs")}, started)
             shutil.rmtree(folder / "cell" / cell.name, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
 

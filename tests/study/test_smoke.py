@@ -44,6 +44,9 @@ def test_killed_study_goes_on_and_writes_everything(tmp_path):
     assert controls["sum_with_negated"]["largest"] == pytest.approx(1, abs=1e-3)
     assert controls["nothing_planted"]["value"] == pytest.approx(0.5, abs=0.05)
     assert max(controls["shortcut_error"].values()) < 1e-5
+    scored = {(g["cell"]["mode"], name) for g in results["groups"] for name in g["scores"]}
+    assert ("applied", "router_entropy") in scored
+    assert ("observer", "router_entropy") not in scored  # its routers read what they read without it
     assert {group["cell"]["loss"] for group in results["confirmed"]["groups"]} >= {results["chosen"]["cell"]["loss"]}
     assert [row["source"] for row in results["unseen"]] == list(d.names("A"))
     assert (out / "judge.png").stat().st_size < 300_000

@@ -16,7 +16,7 @@ from selectmoe.errors import UserError
 from selectmoe.manifest import read_manifest
 from selectmoe.pool import Row
 from selectmoe.selection import FILE, Selected, write_selected
-from selectmoe.template import encode, load_tokenizer
+from selectmoe.template import encode, encode_many, load_tokenizer
 
 WORDS = ["red", "green", "blue", "stone", "river", "cloud", "bread", "apple", "quiet", "storm"]
 
@@ -192,6 +192,28 @@ def test_rows_whose_answer_is_cut_away_are_dropped_with_a_reason(target, tmp_pat
     with pytest.raises(UserError, match="max_length"):
         finetune.run(config(target, nothing, tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_spec7_20_what_is_fine_tuned_on_is_what_was_scored(target, selection, tmp_path):
+    """What the target's embedding is given are the rows' tokens by the template that warm-up and routing use, and padding."""
+    tokenizer, seen = load_tokenizer(target), set()
+
+    def look(module, args):
+        if isinstance(module, torch.nn.Embedding):
+            seen.update(map(tuple, args[0].tolist()))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        finetune.run(config(target, selection, tmp_path / "a", training={"epochs": 1, "max_length": 48}))
+    finally:
+        hook.remove()
+    wanted = [tuple(e.input_ids) for e in encode_many(rows(10), tokenizer, 48) if any(e.answer[1:])]
+    pad = tokenizer.pad_token_id
+    given = {
+        ids if ids in wanted else tuple(ids[: max(n for n in range(len(ids)) if ids[:n] in wanted)]) for ids in seen
+    }
+    assert given == set(wanted)
+    assert all(set(ids[len(row) :]) <= {pad} for ids in seen for row in wanted if ids[: len(row)] == row)
 
 
 def test_spec7_8_an_impossible_batch_is_an_error(target, selection, tmp_path):
