@@ -126,7 +126,7 @@ def sum_of_masks(good: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def test_a_loss_of_ones_own_is_called_where_it_is_allowed() -> None:
     path, flat = f"{__name__}:half", f"{__name__}:sum_of_masks"
-    with pytest.raises(UserError, match=r"runs only where the command line says so: add allow_code="):
+    with pytest.raises(UserError, match=r"names code, which no checkpoint may: .*with allow_code="):
         quality_loss(path, [SCORE], MASK)
     allowed_code.allow([path, flat])
     try:
