@@ -7,8 +7,8 @@ TARGET ?= cpu
 TAG ?= select-moe:dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test unit model-test warmup-test components-test integration docs-test browser-test study-kill study-judge study-test lint format types compile lock \
-        image image-test chart-test sbom licences clean bench-s3 bench-warmup bench-convert bench-forward bench-encoding kind-up kind-run kind-test kind-logs kind-down images-lock
+.PHONY: help setup run down test unit model-test warmup-test components-test integration docs-test browser-test study-kill study-kill-route study-judge study-test lint format types compile lock \
+        image image-test chart-test sbom licences clean bench-s3 bench-warmup bench-routing bench-routing-memory bench-router-data bench-convert bench-forward bench-encoding bench-near-duplicates bench-ingest kind-up kind-run kind-test kind-logs kind-down images-lock
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -32,7 +32,7 @@ model-test: setup ## transformers' own model tests and what else a transformers 
 	@$(PYTHON) -m tests.models.fetch >/dev/null
 	@$(PYTHON) -m pytest tests/models -q -rs -W ignore --dist load
 
-warmup-test: setup ## warm-up killed, on a full disk, with LoRA into route, and by the predecessor's command
+warmup-test: setup ## warm-up killed, on a full disk, with LoRA into route; stages 1 and 2 by the predecessor's commands
 	@$(PYTHON) -m pytest tests/warmup -q
 
 components-test: setup ## every component alone through KFP's local runner, with its unit tests
@@ -44,8 +44,11 @@ integration: setup ## the compiled pipeline with real MLflow and S3 servers
 docs-test: setup ## the commands of README and docs
 	@$(PYTHON) -m pytest tests/docs -q
 
-study-kill: setup ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick)
+study-kill: setup study-kill-route ## kill -9 in the middle of every stage, twice the time of `make run` (PRESET=quick), after study-kill-route
 	@$(PYTHON) -m bench.study_kill .selectmoe/study-kill preset=$(PRESET)
+
+study-kill-route: setup ## 200 random kill -9 of a routing run: same bytes, at most one commit interval lost
+	@$(PYTHON) -m bench.study_kill_route .selectmoe/study-kill-route $(ARGS)
 
 study-judge: setup ## which gate loss makes a judge? two hours of two idle cores at most; goes on after a kill; writes docs/experiments/judge.md
 	@$(PYTHON) -m bench.study_judge .selectmoe/study-judge
@@ -116,8 +119,23 @@ bench-s3: setup ## our S3 transfer against boto3's own, on a real local server
 bench-forward: setup ## what quality gates cost a forward pass, as a ratio to OLMoE's of the same size
 	@$(PYTHON) -m bench.forward $(ARGS)
 
+bench-ingest: setup ## rows a second and memory of a million rows, beside a plain loop and the datasets library: ARGS=rows=100000
+	@$(PYTHON) -m bench.ingest $(ARGS)
+
+bench-near-duplicates: setup ## which planted near-duplicates are found among real rows, and how fast
+	@$(PYTHON) -m bench.near_duplicates $(ARGS)
+
 bench-encoding: setup ## what the template's masks cost, as a ratio to plain tokenising
 	@$(PYTHON) -m bench.encoding $(ARGS)
+
+bench-routing: setup ## routing against a plain loop over OLMoE; what it costs beside the model; tokenising
+	@$(PYTHON) -m bench.routing $(ARGS)
+
+bench-routing-memory: setup ## memory of routing by the number of rows, and of planning a million
+	@$(PYTHON) -m bench.routing_memory $(ARGS)
+
+bench-router-data: setup ## a million rows of router data written, merged and read, against a plain copy
+	@$(PYTHON) -m bench.router_data $(ARGS)
 
 bench-convert: setup ## memory, time and a kill of converting a checkpoint of several GB made on the fly
 	@$(PYTHON) -m bench.convert $(ARGS)

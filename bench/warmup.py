@@ -15,7 +15,6 @@ turns of the ratio to the full step of the same turn, and its quartiles. Ends wi
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -28,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.judges import tokenizer_of, word_pool
 from bench.tracking import mlflow_server
-from bench.workloads import REF_18M, lengths
-from selectmoe import gate_training, ingest, pretrain, sending, warmup
+from bench.workloads import REF_18M
+from selectmoe import gate_training, sending, warmup
 from selectmoe.config import load
 from selectmoe.modeling import SelectMoeConfig, SelectMoeForCausalLM
 from selectmoe.progress import quiet
@@ -40,22 +40,6 @@ from selectmoe.warmup_steps import Plan
 TOKENS, ROWS, TURNS = 4096, 4, 12
 POOL_ROWS, EPOCHS, BATCH = 192, 2, 16
 STEP_BAR, OVERHEAD_BAR = 0.72, 0.05
-WORDS = [
-    "the",
-    "river",
-    "runs",
-    "past",
-    "stone",
-    "walls",
-    "and",
-    "a",
-    "copper",
-    "lantern",
-    "in",
-    "winter",
-    "while",
-    "engines",
-]
 
 
 def model(mode: str) -> SelectMoeForCausalLM:
@@ -113,23 +97,6 @@ def step_seconds() -> dict[str, tuple[list[float], int]]:
 def kept(optimizer: torch.optim.AdamW) -> int:
     """Numbers in an optimizer's state, its step counters apart."""
     return sum(t.numel() for state in optimizer.state.values() for key, t in state.items() if key != "step")
-
-
-def rows_and_tokenizer(root: Path) -> tuple[str, str]:
-    """The paths of a pool of the workload `lengths`, and of a checkpoint that has a tokenizer for it."""
-    with open(root / "rows.jsonl", "w", encoding="utf-8") as file:
-        for n, tokens in enumerate(lengths(POOL_ROWS)):
-            words = [WORDS[(n * 7 + k * (n % 5 + 1)) % len(WORDS)] for k in range(tokens)]
-            cut = max(1, len(words) // 4)
-            roles = {"user": " ".join(words[:cut]), "assistant": " ".join([*words[cut:], f"number {n}"])}
-            messages = [{"role": role, "content": text} for role, text in roles.items()]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    pool = ingest.run(
-        load(ingest.IngestConfig, {"holdout": 0}, data=str(root / "rows.jsonl"), output_dir=str(root / "pool"))
-    )
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "steps": 1, "vocab_size": 400}
-    small = pretrain.run(load(pretrain.PretrainConfig, sizes, data=str(pool), output_dir=str(root / "tokenizer")))
-    return str(pool), str(small)
 
 
 def overhead(recipe: str, pool: str, tokenizer: str, root: Path) -> dict[str, float]:
@@ -197,9 +164,10 @@ def main() -> int:
 
         os.environ["MLFLOW_TRACKING_URI"] = uri
         root = Path(folder)
-        pool, tokenizer = rows_and_tokenizer(root)
+        pool = word_pool(root / "pool", POOL_ROWS)
+        tokenizer = tokenizer_of(root / "tokenizer", pool)
         for recipe in ("observer", "legacy"):
-            spent = overhead(recipe, pool, tokenizer, root)
+            spent = overhead(recipe, str(pool), str(tokenizer), root)
             total = spent["tokenising"] + spent["step"] + spent["logging"]  # a step's data are inside of it
             shares = {name: spent[name] / total for name in ("tokenising", "data", "logging", "sending")}
             said = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())

@@ -30,6 +30,7 @@ from selectmoe import manifest as mf
 from selectmoe.config import StageConfig, load
 from selectmoe.errors import Refused, Unavailable, UserError
 from selectmoe.progress import quiet
+from selectmoe.sources import data_identity
 from selectmoe.stage import METRICS
 
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, Refused: 3, Unavailable: 1}
@@ -76,7 +77,7 @@ def run(
     final = Path(artifact.path)
     with task(stage, work_root, hardware):
         for path, digest in (unchanged or {}).items():
-            if mf.tree_identity(cache.locate(path, "data")[0]) != digest:
+            if data_identity(path) != digest:
                 raise UserError(f"{path} has changed since `check` read it: start the run again")
         try:
             _to_artifact(stage, final, config, code, work_root, inputs, values)

@@ -223,10 +223,7 @@ def _expect(reference: Reference, found: str) -> None:
 
 
 def _manifest(data: bytes, uri: str) -> mf.Manifest:
-    try:
-        return mf.parse_manifest(data.decode("utf-8"), f"{uri}/{mf.NAME}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{uri}/{mf.NAME} cannot be read as a manifest: {error}") from None
+    return mf.parse_manifest(data, f"{uri}/{mf.NAME}")
 
 
 def _from_s3(uri: str, key: str) -> Path:

@@ -25,13 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selectmoe import cache, checkpoint, demo, manifest, prerequisites, stage
+from selectmoe import checkpoint, demo, manifest, prerequisites, stage
 from selectmoe.config import build, leaves, values
 from selectmoe.demo import DemoConfig
 from selectmoe.errors import UserError
 from selectmoe.estimate import Model, Pool, describe, estimate
 from selectmoe.glimpse import Glimpse, look
 from selectmoe.run import CONFIGS, RunConfig, parse_budget
+from selectmoe.sources import data_identity
 from selectmoe.storage import prove_store
 from selectmoe.upcycle import DENSE, olmoe_config
 from selectmoe.warmup import RECIPES
@@ -127,10 +128,13 @@ def plan(config: RunConfig, proved: Callable[[], None] = lambda: None) -> Plan:
     costs = _estimate(config, found)
     references = {name: glimpse.reference() for name, (_, glimpse) in found.models.items()}
     digests = {name: reference.digest for name, reference in references.items()}
-    digests |= {"pool": manifest.tree_identity(cache.locate(config.data, "data")[0]), "code": code_digest()}
+    digests |= {"pool": data_identity(config.data), "code": code_digest()}
     if folder := config.evaluate.include_path:
         digest = manifest.tree_identity(folder)
         stages["evaluate"] |= {"include_path": str(Path(folder).resolve()), "include_digest": digest}
+    if folder := config.ingest.decontaminate.include_path:
+        digest = manifest.tree_identity(folder)
+        stages["ingest"]["decontaminate"] |= {"include_path": str(Path(folder).resolve()), "include_digest": digest}
     arm_seeds = [f"{arm}:{seed}" for arm in config.arms for seed in range(config.seeds)]
     uris = {name: reference.uri for name, reference in references.items()}
     return Plan(stages, digests, uris, list(config.arms), arm_seeds, config.judge, config.shards, costs)
@@ -176,7 +180,7 @@ def prove(config: RunConfig, servers: Collection[Callable[[], None]], lacking: C
             rows = demo.PRESETS[config.demo][0]
             proofs.attempt(prerequisites.check_rows, config, rows)
         elif pool := proofs.attempt(prerequisites.read_pool, config):
-            selected = proofs.attempt(prerequisites.check_rows, config, pool.rows, pool.answers) or 0
+            selected = proofs.attempt(prerequisites.check_rows, config, pool.rows, pool.answers, pool.held) or 0
         proofs.attempt(prerequisites.check_tasks, config)
         models = _check_models(config, proofs, lacking, Path(scratch))
         for answer in asked:
@@ -251,10 +255,9 @@ def _validate(cls: Any, resolved: dict[str, Any], planted: bool) -> None:
         node = config
         for parent in parents:
             node = getattr(node, parent)
-        if isinstance(leaf.default, list) or "list" in str(leaf.type):
-            setattr(node, last, ["given-by-the-run"])
-        elif not leaf.default or leaf.default == "???":
-            setattr(node, last, "given-by-the-run")
+        if not leaf.default or leaf.default == "???":
+            given = "given-by-the-run"
+            setattr(node, last, [given] if isinstance(leaf.default, list) or "list" in str(leaf.type) else given)
     config.validate()
 
 

@@ -43,6 +43,7 @@ STAGES = {
 PLANNED = ("check", "run")
 """What concerns a whole run: its mistakes are said together."""
 TOOLS = {
+    "inspect": "selectmoe inspect ROUTER_DATA: what is in router data, as numbers and plots",
     "demo": "real rows and a small real model from installed packages, to try Select-MoE with",
     "clean": "remove what abandoned runs left below a work root",
     "sync": "selectmoe sync WORK_ROOT: send to MLflow what could not be sent before",
@@ -255,6 +256,8 @@ def dispatch(arguments: list[str]) -> int:
         if rest[at + 1 : at + 2] != ["job"]:
             raise UserError("--cfg takes one word: job")
         del rest[at : at + 2]
+    if name == "inspect":
+        rest = importlib.import_module("selectmoe.inspect").words(rest)
     config = compose(name, rest)
     if show:
         import yaml

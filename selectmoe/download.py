@@ -63,6 +63,7 @@ def stream(
     write: Callable[[int, bytes], object],
     span: tuple[int, int] | None = None,
     etag: str = "",
+    same: Callable[[dict[str, Any]], bool] = lambda answer: True,
 ) -> dict[str, str]:
     """Read an object, or a span of it; where a body breaks, ask for the rest.
 
@@ -73,16 +74,18 @@ def stream(
         write: takes each offset and the bytes there.
         span: first byte and the byte after the last; default: everything.
         etag: version of the object, where it is known.
+        same: whether an answer's headers are of the object that is meant, beyond what its ETag says.
 
     Returns:
         The object's metadata, names in lower case.
 
     Raises:
-        Changed: the object is another one than `etag` says, or became another one.
+        Changed: the object is another one than `etag` and `same` say, or became another one.
         botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError: after `ATTEMPTS` failures in a row.
     """
     from botocore.exceptions import ClientError
     from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
+    from urllib3.exceptions import HTTPError
 
     at, stop = span or (0, None)
     failures = 0
@@ -93,7 +96,7 @@ def stream(
             where["IfMatch"] = etag
         try:
             answer = client.get_object(Bucket=bucket, Key=key, **where)
-            if etag and answer["ETag"] != etag:
+            if (etag and answer["ETag"] != etag) or not same(answer):
                 raise Changed(key)
             etag = answer["ETag"]
             metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
@@ -110,7 +113,7 @@ def stream(
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
                 raise Changed(key) from None
             raise
-        except S3_RETRYABLE_DOWNLOAD_ERRORS:
+        except (*S3_RETRYABLE_DOWNLOAD_ERRORS, HTTPError):  # the latter: a break in the body of an error's answer
             failures += 1
             if failures >= ATTEMPTS:
                 raise

@@ -24,11 +24,12 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Pool:
-    """Sizes of the data: usable rows, UTF-8 bytes of all their text, and of the answers alone."""
+    """Sizes of the data: usable rows, UTF-8 bytes of all their text, and of the answers alone; rows that are held out."""
 
     rows: int
     text: int
     answers: int
+    held: int
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,6 @@ def estimate(
     Returns:
         rows, rows_selected, tokens, flops by stage and in total, bytes by place, fine_tunings, hours by device.
     """
-    from selectmoe.ingest import holdout_size
-
     judge, active = judge_of(config, source)
     target = target or source or judge
     tunings = len(config.arms) * config.seeds
@@ -105,7 +104,6 @@ def estimate(
     )
     passes = 1 + config.route.nll + config.route.ifd
     depth = t.layers / max(1, target.size("num_hidden_layers")) if t.layers else 1.0
-    holdout = holdout_size(config.ingest.holdout, pool.rows)
     flops = {
         "warmup": FROZEN * active * warm * min(per_row, w.max_length),
         "route": FORWARD * active * tokens * passes,
@@ -116,7 +114,7 @@ def estimate(
         * t.epochs
         * rows_selected
         * min(per_row, t.max_length),
-        "evaluate": FORWARD * target.parameters * depth * (tunings + 1) * holdout * per_row,
+        "evaluate": FORWARD * target.parameters * depth * (tunings + 1) * pool.held * per_row,
     }
     layers = judge.size("num_hidden_layers")
     routed = pool.rows * 4 * layers * (judge.size("num_experts", 1) + 4)

@@ -1,262 +1,177 @@
-"""Files of instruction rows in the formats that people have: every record with its place, converted or with a reason.
+"""Records in the formats that people have, converted into rows without loss, or refused with a reason.
 
-No command runs this module; `ingest` reads through it. Files: `.jsonl` (one record a line), `.json` (a list of records, or
-lines), both also `.gz` and `.zst`; `.parquet`. Records: messages, ShareGPT (`conversations`), Alpaca, Dolly,
-prompt/completion. Reading is strict: UTF-8, JSON without NaN, and a record that cannot be read or converted without loss
-keeps its reason; it never takes its file with it.
+No command runs this module; `ingest` converts through it. Known: messages, ShareGPT (`conversations`), Alpaca, Dolly,
+prompt/completion; any other pair of keys can be named as `QUESTION/ANSWER`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from selectmoe.errors import UserError
-from selectmoe.pool import ROLES, Message
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-KINDS = (".jsonl", ".json", ".parquet")
-MAX_LINE = 64 << 20
-"""Bytes of one line; a longer one is rejected."""
-MAX_RATIO = 200
-"""Uncompressed over compressed bytes, above which a file is refused as a decompression bomb (looked at after 64 MiB)."""
+from selectmoe.pool import DATASET_NAME, ROLES, Message
 
 
 class FormatError(Exception):
-    """A record cannot become a row; the message is the reason."""
+    """A record cannot become a row.
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record of a file: its place, and what it holds or why it cannot be read."""
-
-    line: int
-    """Line number, or number in the list or table, from 1."""
-    value: Any
-    """The parsed record; for one that cannot be read, its raw text."""
-    error: str = ""
-    """Why it cannot be read, or empty."""
-
-
-def kind_of(path: Path) -> str:
-    """`.jsonl`, `.json` or `.parquet`, seen through a compression's suffix; empty for any other file."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-        return suffixes[-1] if suffixes and suffixes[-1] in (".jsonl", ".json") else ""
-    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else ""
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without the suffixes that say its kind and compression."""
-    name = path.name
-    for suffix in [*COMPRESSIONS, *KINDS]:
-        if name.lower().endswith(suffix):
-            name = name[: -len(suffix)]
-    return name
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Every record of a file, in its order; blank lines are none.
-
-    Raises:
-        UserError: the file is of no known kind, is damaged, or not one record of it can be read.
+    Args:
+        reason: why, for whoever has the record before him.
+        kind: the same in a few words that do not vary, for counting.
     """
-    kind = kind_of(path)
-    if not kind:
-        raise UserError(f"{path} is none of .jsonl, .json (either also .gz or .zst) and .parquet")
-    readable = unreadable = 0
-    first = ""
-    try:
-        records = _parquet(path) if kind == ".parquet" else _list_or_lines(path) if kind == ".json" else _lines(path)
-        for record in records:
-            readable, unreadable = (readable + (not record.error), unreadable + bool(record.error))
-            first = first or record.error
-            yield record
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if unreadable and not readable:
-        raise UserError(f"{path} is not JSON: none of its {unreadable} lines can be read (the first: {first})")
+
+    def __init__(self, reason: str, kind: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
-def _open(path: Path) -> IO[bytes]:
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    if compression == "gzip":
-        import gzip
+@dataclass(frozen=True)
+class Format:
+    """A form that records have."""
 
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    import io
-
-    import pyarrow as pa
-
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
+    name: str
+    keys: tuple[str, ...]
+    """The keys that tell it."""
+    convert: Callable[[Mapping[str, Any]], list[Message]]
 
 
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines without a bound on the file, with one on the line: of a longer one its first MAX_LINE + 1 bytes come."""
-    packed = path.stat().st_size if path.suffix.lower() in COMPRESSIONS else 0
-    seen = 0
-    with _open(path) as file:
-        while line := file.readline(MAX_LINE + 1):
-            seen += len(line)
-            rest = line
-            while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
-                rest = file.readline(MAX_LINE + 1)
-                seen += len(rest)
-            if packed and seen > MAX_LINE and seen > MAX_RATIO * packed:
-                raise UserError(f"{path} unpacks to more than {MAX_RATIO} times its size: refused")
-            yield line
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    for number, raw in enumerate(_raw_lines(path), 1):
-        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if len(raw) > MAX_LINE:
-            yield Record(number, raw[:200].decode("utf-8", "replace"), f"line longer than {MAX_LINE >> 20} MiB")
-        elif raw.strip():
-            yield parse_line(number, raw)
-
-
-def _list_or_lines(path: Path) -> Iterator[Record]:
-    """A `.json` file: one list of records, or else one record a line, as many are written."""
-    text = b"".join(_raw_lines(path)).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text.startswith(b"[") and not parse_line(1, text.partition(b"\n")[0]).error:
-        yield from _lines(path)
-        return
-    whole = parse_line(1, text)
-    if not whole.error:
-        values = whole.value if isinstance(whole.value, list) else [whole.value]
-        yield from (Record(number, value) for number, value in enumerate(values, 1))
-    elif text.startswith(b"["):
-        raise UserError(f"{path} is not JSON: {whole.error}")
-    else:
-        yield from _lines(path)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Record(number, {k: v for k, v in value.items() if v is not None})
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def parse_line(number: int, raw: bytes) -> Record:
-    """One record from the bytes of strict JSON; the reason in `error` where they are none."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Record(number, raw.decode("utf-8", "replace").strip(), f"not UTF-8 (byte {error.start})")
-    try:
-        return Record(number, json.loads(text, parse_constant=_no_constant))
-    except (ValueError, RecursionError) as error:
-        return Record(number, text.strip(), f"not JSON ({error})")
-
-
+OWN_ROLES = {role: role for role in ROLES}
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise FormatError(f"{name} is not a text")
+        raise FormatError(f"{name} is not a text", "not a text")
     return value
 
 
 def _from_messages(record: Mapping[str, Any]) -> list[Message]:
-    return [
-        _message(turn, n, "role", "content", {r: r for r in ROLES})
-        for n, turn in _turns(record["messages"], "messages")
-    ]
+    turns = _turns(record["messages"], "messages")
+    return _after_system(record, [_message(turn, n, "role", "content", OWN_ROLES) for n, turn in turns])
 
 
 def _from_sharegpt(record: Mapping[str, Any]) -> list[Message]:
     turns = _turns(record["conversations"], "conversations")
-    messages = [_message(turn, n, "from", "value", SHAREGPT_ROLES) for n, turn in turns]
-    prompt = record.get("system") or record.get("system_prompt")
-    if prompt and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(prompt, "system")})
+    return _after_system(record, [_message(turn, n, "from", "value", SHAREGPT_ROLES) for n, turn in turns])
+
+
+def _after_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages, after the system prompt that stands beside them where there is one."""
+    for key in ("system", "system_prompt"):
+        if record.get(key) not in (None, ""):
+            message = {"role": "system", "content": _text(record[key], key)}
+            if not messages or messages[0]["role"] != "system":
+                messages.insert(0, message)
+            elif messages[0] != message:
+                raise FormatError(f"{key} is not the system prompt that the messages begin with", "two system prompts")
     return messages
 
 
 def _turns(value: Any, name: str) -> list[tuple[int, Any]]:
     if not isinstance(value, list):
-        raise FormatError(f"{name} is not a list")
+        raise FormatError(f"{name} is not a list", "no list of messages")
     return list(enumerate(value, 1))
 
 
 def _message(turn: Any, number: int, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
-        raise FormatError(f"message {number} is not an object with {role_key} and {text_key}")
+        raise FormatError(f"message {number} is not an object with {role_key} and {text_key}", "not a message")
     role = turn[role_key]
     if not isinstance(role, str) or role not in roles:
-        raise FormatError(f"message {number} has the role {role!r}; known: {', '.join(roles)}")
+        raise FormatError(f"message {number} has the role {_shown(role)}; known: {', '.join(roles)}", "unknown role")
     if turn.get("tool_calls") or turn.get("function_call"):
-        raise FormatError(f"message {number} calls a tool, which messages of text cannot hold")
+        raise FormatError(f"message {number} calls a tool, which messages of text cannot hold", "call of a tool")
     return {"role": roles[role], "content": _text(turn[text_key], f"{text_key} of message {number}")}
 
 
-def _instruct(prompt: str, extra: Any, answer: str, record: Mapping[str, Any]) -> list[Message]:
+def _instruct(prompt: str, extra: str | None, answer: str, record: Mapping[str, Any]) -> list[Message]:
     """One question, with what belongs to it after a blank line, and one answer."""
     question = _text(record[prompt], prompt)
-    addition = record.get(extra) if extra else None
-    if addition:
-        question = f"{question}\n\n{_text(addition, extra)}" if question else _text(addition, extra)
+    if extra and record.get(extra) not in (None, ""):
+        addition = _text(record[extra], extra)
+        question = f"{question}\n\n{addition}" if question else addition
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(record[answer], answer)}]
-    if record.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
-    return messages
+    return _after_system(record, messages)
 
 
-FORMATS: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any]], list[Message]]]] = {
-    "messages": (frozenset({"messages"}), _from_messages),
-    "sharegpt": (frozenset({"conversations"}), _from_sharegpt),
-    "alpaca": (frozenset({"instruction", "output"}), lambda r: _instruct("instruction", "input", "output", r)),
-    "dolly": (frozenset({"instruction", "response"}), lambda r: _instruct("instruction", "context", "response", r)),
-    "prompt/completion": (frozenset({"prompt", "completion"}), lambda r: _instruct("prompt", None, "completion", r)),
+def _pair(question: str, extra: str | None, answer: str) -> Callable[[Mapping[str, Any]], list[Message]]:
+    return lambda record: _instruct(question, extra, answer, record)
+
+
+FORMATS = {
+    found.name: found
+    for found in (
+        Format("messages", ("messages",), _from_messages),
+        Format("sharegpt", ("conversations",), _from_sharegpt),
+        Format("alpaca", ("instruction", "output"), _pair("instruction", "input", "output")),
+        Format("dolly", ("instruction", "response"), _pair("instruction", "context", "response")),
+        Format("prompt/completion", ("prompt", "completion"), _pair("prompt", None, "completion")),
+    )
 }
-"""Name -> (the keys that tell it, converter); the first that fits a record is taken."""
+"""By name; the first whose keys a record has is taken."""
 
 
-def to_messages(record: Any) -> list[Message]:
-    """The messages of a record in any of `FORMATS`, texts unchanged.
+def schema(name: str, key: str) -> Format:
+    """The format that a user names: one of `FORMATS`, or the keys of question and answer as `QUESTION/ANSWER`.
+
+    Args:
+        name: what was given.
+        key: the configuration key that it was given under, for messages.
 
     Raises:
-        FormatError: no format fits, a role has no place in a row (a tool's), a text is not a string or cannot be UTF-8,
-            a question or an answer is empty, or there is no answer at all.
+        UserError: it is neither.
+    """
+    if found := FORMATS.get(name):
+        return found
+    question, slash, answer = name.partition("/")
+    if not slash or not question or not answer:
+        raise UserError(f"{key}={name} is unknown; known: {', '.join(FORMATS)}, or two keys as in question/answer")
+    return Format(name, (question, answer), _pair(question, None, answer))
+
+
+def format_of(record: Any, wanted: Format | None = None) -> Format:
+    """The format of a record.
+
+    Args:
+        record: what was read.
+        wanted: the format that it has to have; None: it is found by the record's keys.
+
+    Raises:
+        FormatError: it has none.
     """
     if not isinstance(record, Mapping):
-        raise FormatError(f"a record is a JSON object, not {type(record).__name__}")
-    for keys, convert in FORMATS.values():
-        if keys <= record.keys():
-            messages = convert(record)
-            break
-    else:
-        raise FormatError(f"no known format has the keys {sorted(map(str, record))[:8]}; known: {', '.join(FORMATS)}")
+        raise FormatError(f"a record is a JSON object, not {type(record).__name__}", "not an object")
+    keys = record.keys()
+    for found in FORMATS.values() if wanted is None else (wanted,):
+        if all(key in keys for key in found.keys):
+            return found
+    has = f"has the keys {[key[:40] for key in sorted(map(str, keys))[:8]]}"
+    if wanted:
+        raise FormatError(f"it {has}; the schema {wanted.name} needs {', '.join(wanted.keys)}", "not of the schema")
+    raise FormatError(f"no known format {has}; known: {', '.join(FORMATS)}", "no known format")
+
+
+def to_messages(record: Mapping[str, Any], found: Format) -> list[Message]:
+    """The messages of a record, texts unchanged.
+
+    Raises:
+        FormatError: a role has no place in a row (a tool's), a text is not a string or cannot be UTF-8, a question or an
+            answer is empty, or there is no answer at all.
+    """
+    messages = found.convert(record)
     if not any(m["role"] == "assistant" for m in messages):
-        raise FormatError("no message of the assistant")
+        raise FormatError("no message of the assistant", "no answer")
     for number, message in enumerate(messages, 1):
-        if not message["content"].strip():
-            raise FormatError(f"message {number} ({message['role']}) is empty")
+        content = message["content"]
+        if not content or content.isspace():
+            raise FormatError(f"message {number} ({message['role']}) is empty", "empty message")
         try:
-            message["content"].encode("utf-8")
+            content.encode("utf-8")
         except UnicodeEncodeError:
-            raise FormatError(f"message {number} holds half a surrogate pair, which is no text") from None
+            reason = f"message {number} holds half a surrogate pair, which is no text"
+            raise FormatError(reason, "half a surrogate pair") from None
     return messages
 
 
@@ -271,5 +186,23 @@ def own_id(record: Mapping[str, Any]) -> str:
         return ""
     text = str(value)
     if len(text) > 512 or not text.isprintable():
-        raise FormatError("id is longer than 512 characters, or holds control characters")
+        raise FormatError("id is longer than 512 characters, or holds control characters", "unusable id")
     return text
+
+
+def own_dataset(record: Mapping[str, Any], default: str) -> str:
+    """The dataset that a row in a file of several says it is from.
+
+    Raises:
+        FormatError: what it says cannot be a dataset's name.
+    """
+    name = record.get("dataset", default)
+    if not isinstance(name, str) or not DATASET_NAME.fullmatch(name):
+        what = f"dataset {_shown(name)} cannot be a dataset's name (A-Z a-z 0-9 . _ -, at most 64)"
+        raise FormatError(what, "unusable dataset")
+    return name
+
+
+def _shown(value: Any) -> str:
+    """A value that may be anything, in a message."""
+    return repr(value[:80]) if isinstance(value, str) else f"of type {type(value).__name__}"

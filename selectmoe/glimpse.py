@@ -82,7 +82,7 @@ def _on_s3(uri: str, key: str, scratch: Path) -> Glimpse:
         elif data := store.get(entry.name):
             _place(scratch / entry.name).write_bytes(data)
             if entry.name == mf.NAME:
-                digest = mf.parse_manifest(data.decode("utf-8", "replace"), f"{uri}/{mf.NAME}").identity
+                digest = mf.parse_manifest(data, f"{uri}/{mf.NAME}").identity
     return Glimpse(uri, key, scratch, False, uri, digest)
 
 

@@ -3,64 +3,69 @@
     selectmoe ingest data=path/to/rows.jsonl output_dir=out/ingest
     selectmoe ingest dataset.local.data_dir=dataset/train/processed dataset.local.dataset_names=[cot,dolly] output_dir=out/ingest
 
-In: a file, or a folder with one dataset per subfolder or file (`DIR/NAME/*.jsonl`, `DIR/NAME.jsonl`; see `formats`).
-Out: `pool/` and `holdout/` (NAME.parquet, each with a manifest), `rejected.jsonl` (dataset, file, line, reason, record)
-and, when corrupted copies are planted, `planted.jsonl` (dataset, id, kind).
+In: a file, or a folder with one dataset per subfolder or file (`DIR/NAME/*.jsonl`, `DIR/NAME.jsonl`; see `records`), here or
+at s3:// (`sources_s3`); or datasets of the hub (`sources_hf`).
+Out: `pool/` and `holdout/` (NAME/00000.parquet, a manifest per dataset; see `pool`), `rejected.jsonl` (dataset, file, line,
+reason, record), `sources.json` (what every file was found to hold, and numbers of the pool's datasets) and, when corrupted
+copies are planted, `planted.jsonl` (dataset, id, kind).
 
-The order of files and rows changes nothing: ids come from the source or from the content, rows are sorted by id, the
-holdout is drawn by a hash of the content. Corrupted copies are planted after the holdout is split off, which stays clean;
-every row then has an id made from its content, so that nothing in the pool tells copies from originals.
+    datasets -> pieces -> workers: records -> messages -> spool (texts on disk, 70 bytes a row in memory)
+             -> per dataset: subset, ids, what goes (workers), holdout, order by id -> workers: Parquet
+
+The order of files and rows and the number of workers change nothing: ids come from the source or from the content, rows are
+sorted by id, subset and holdout are drawn by hashes of the content. Everything is decided per dataset, so that another
+dataset in the same folder leaves the pool of this one as it is, its bytes and its identity. Three settings look at all
+datasets: a holdout that is a number of rows (the default's 200, too, below 10,000 rows), `dataset.weights`, and
+`decontaminate.holdout`.
+
+Corrupted copies are planted after the holdout is split off, which stays clean; every row then has an id made from its
+content, so that nothing in the pool tells copies from originals.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
+import shutil
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectmoe import cache, stage
-from selectmoe.config import StageConfig, group, identity, input_
-from selectmoe.corruption import CORRUPTIONS, check_kinds, corrupt
+from selectmoe import pool_files, screening, source_report, spool, stage
+from selectmoe.config import StageConfig, execution, group, identity, input_
+from selectmoe.corruption import CORRUPTIONS, check_kinds
+from selectmoe.decontamination import DecontaminateConfig, Index
+from selectmoe.division import Part, check_known, divide
 from selectmoe.errors import UserError
-from selectmoe.formats import FormatError, kind_of, own_id, read_records, stem_of, to_messages
-from selectmoe.manifest import NAME as MANIFEST
-from selectmoe.pool import DATASET_NAME, Message, Row, content_hash, content_id, write_pool
-from selectmoe.progress import progress
+from selectmoe.estimate import Pool
+from selectmoe.intake import UNREADABLE, UNUSABLE, Intake, Settings, take_in
+from selectmoe.memory import give_back
+from selectmoe.near_duplicates import NearDuplicatesConfig
+from selectmoe.planting import plant
+from selectmoe.pool import content_hash, write_dataset
+from selectmoe.pool_statistics import Statistics
+from selectmoe.pool_statistics import table as statistics_table
+from selectmoe.progress import transfer
+from selectmoe.sources import Dataset, DatasetConfig, Source, find
+from selectmoe.table import duplicates
+from selectmoe.workers import Workers, cores
 
 STAGE = "ingest"
-VERSION = 1
-HOLDOUT_ROWS, HOLDOUT_SHARE, HOLDOUT_MOST = 200, 0.02, 0.2
-"""The default holdout: the larger of this many rows and this share, at most this share."""
+VERSION = 2
 MAX_PLANTED = 0.9
-UNREADABLE, UNUSABLE = "not readable as JSON", "not convertible into messages"
+NOT_DRAWN = "not drawn (subset_ratio, limit or weights)"
+HELD_OUT = "held out"
 IN_HOLDOUT = "exact duplicate of a row of the holdout"
-
-
-@dataclass
-class LocalConfig:
-    """Datasets on this machine."""
-
-    data_dir: str = input_("dataset/train/processed", doc="folder with one dataset per subfolder or file; unless data=")
-    dataset_names: list[str] = identity([], doc="datasets to take; default: every one there is, by name")
-
-
-@dataclass
-class DatasetConfig:
-    """Which datasets."""
-
-    dataset_from: str = identity("local", doc="where the datasets lie: local")
-    local: LocalConfig = group(LocalConfig)
+WORKER_BYTES = 32 << 20
+"""Of input that make one more worker worth its start."""
 
 
 @dataclass
 class PlantConfig:
-    """Corrupted copies of the pool's own rows, to see whether a judge finds them."""
+    """Corrupted copies of every dataset's own rows, to see whether a judge finds them."""
 
     share: float = identity(0.0, doc="share of the final pool that is corrupted copies; 0 plants nothing")
     kinds: list[str] = identity(list(CORRUPTIONS), doc="kinds of corruption, planted in turn")
@@ -72,15 +77,19 @@ class IngestConfig(StageConfig):
     """Configuration of `ingest`."""
 
     data: str = input_(
-        "", doc="a file of rows, or a folder of datasets, here or at s3://; takes the place of dataset.local.data_dir"
+        "",
+        doc="rows: a file, a folder of datasets, s3://bucket/prefix or hf://OWNER/NAME[@REVISION]; instead of dataset.*",
     )
     dataset: DatasetConfig = group(DatasetConfig)
     holdout: float | None = identity(
         None,
-        doc="rows kept for evaluation: a share below 1, or a number; 0: none; default: 2 % or 200, at most a fifth",
+        doc="kept for evaluation: a share of the contents, below 1, or a number; 0: none; default: 2 % or 200, at most a fifth",
     )
     max_rejected: float = identity(0.01, doc="share of rows that may be rejected before it is an error")
+    near_duplicates: NearDuplicatesConfig = group(NearDuplicatesConfig)
+    decontaminate: DecontaminateConfig = group(DecontaminateConfig)
     plant: PlantConfig = group(PlantConfig)
+    workers: int = execution(0, doc="processes that read and write; 0: one per core, where there is so much to read")
 
     def validate(self) -> None:
         """Check ranges and names.
@@ -88,8 +97,7 @@ class IngestConfig(StageConfig):
         Raises:
             UserError: a value is out of its range or unknown.
         """
-        if self.dataset.dataset_from != "local":
-            raise UserError(f"dataset.dataset_from={self.dataset.dataset_from} is unknown; known: local")
+        self.dataset.validate()
         if self.holdout is not None and (self.holdout < 0 or (self.holdout > 1 and self.holdout != int(self.holdout))):
             raise UserError(f"holdout={self.holdout} must be a share below 1, a whole number of rows, or 0")
         if not 0 <= self.max_rejected <= 1:
@@ -97,246 +105,102 @@ class IngestConfig(StageConfig):
         if not 0 <= self.plant.share <= MAX_PLANTED:
             raise UserError(f"plant.share={self.plant.share} must be from 0 to {MAX_PLANTED}")
         check_kinds(self.plant.kinds, "plant.kinds")
-
-
-@dataclass
-class Intake:
-    """What reading gave: rows without final ids, and the rejected records."""
-
-    rows: list[tuple[str, str, list[Message]]] = field(default_factory=list)
-    """(dataset, the source's own id or empty, messages)."""
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+        self.near_duplicates.validate()
+        self.decontaminate.validate()
+        if self.workers < 0:
+            raise UserError(f"workers={self.workers} must be at least 1, or 0")
 
     @property
-    def seen(self) -> int:
-        """Records that were read."""
-        return len(self.rows) + len(self.rejected)
+    def screens(self) -> bool:
+        """Whether rows have to be read again to know which of them stay."""
+        wanted = self.decontaminate
+        return bool(self.near_duplicates.threshold or wanted.tasks or wanted.holdout)
+
+    @property
+    def draw(self) -> str:
+        """Salt of the hash that draws subsets."""
+        return f"draw {self.seed}" if self.dataset.shuffle else "draw"
 
 
-def find_datasets(config: IngestConfig) -> dict[str, Path]:
-    """Name -> file or folder of every dataset that is asked for.
-
-    Raises:
-        UserError: nothing is there, a dataset that is named is not, a name cannot be a file name, two have one name, or
-            the folder is an output of `ingest` already.
-    """
-    given = config.data or config.dataset.local.data_dir
-    key = "data" if config.data else "dataset.local.data_dir"
-    root = cache.locate(given, key)[0] if given.startswith("s3://") else Path(given)
-    if not root.exists():
-        raise UserError(f"{key}={root} does not exist: name a file of rows, or a folder of datasets")
-    if (root / MANIFEST).is_file():
-        raise UserError(f"{key}={root} is an output of Select-MoE already: give it to the next stage as data=")
-    if root.is_file() and not kind_of(root):
-        raise UserError(f"{key}={root} is none of .jsonl, .json (either also .gz or .zst) and .parquet")
-    entries = [root] if root.is_file() else [p for p in sorted(root.iterdir()) if not p.name.startswith(".")]
-    found: dict[str, Path] = {}
-    for entry in entries:
-        if entry.is_file() and not kind_of(entry):
-            continue
-        name = stem_of(entry) if entry.is_file() else entry.name
-        if name in found:
-            raise UserError(f"{found[name]} and {entry} are both called {name}: rename one")
-        found[name] = entry
-    wanted = config.dataset.local.dataset_names or sorted(found)
-    if missing := [name for name in wanted if name not in found]:
-        raise UserError(f"dataset {missing[0]!r} is not in {root}; there are: {', '.join(sorted(found)) or 'none'}")
-    if bad := [name for name in wanted if not DATASET_NAME.fullmatch(name)]:
-        raise UserError(
-            f"dataset name {bad[0]!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and not begin with a dot: rename it"
-        )
-    if not wanted:
-        raise UserError(
-            f"{key}={root} holds no dataset: expected NAME/*.jsonl or NAME.jsonl (also .json, .parquet, .gz)"
-        )
-    return {name: found[name] for name in sorted(set(wanted))}
-
-
-def read_dataset(name: str, path: Path, intake: Intake) -> None:
-    """Read a dataset's files into `intake`.
+def find_datasets(config: IngestConfig) -> dict[str, Dataset]:
+    """The datasets that are asked for, by name.
 
     Raises:
-        UserError: there is no file, or one is damaged or not JSON at all.
+        UserError: as `sources.find`, or a schema is given for a dataset that is not there.
     """
-    files = [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
-        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    if not files:
-        raise UserError(f"{path} holds no .jsonl, .json or .parquet file")
-    for file in files:
-        place = file.name if path.is_file() else file.relative_to(path).as_posix()
-        for record in progress(read_records(file), desc=f"{name}/{place}", unit="rows"):
-            reason, dataset = record.error, name
-            if not reason:
-                try:
-                    messages = to_messages(record.value)
-                    row_id = own_id(record.value)
-                    dataset = own_dataset(record.value, name) if path.is_file() else name
-                except FormatError as error:
-                    reason = str(error)
-                else:
-                    intake.rows.append((dataset, row_id, messages))
-            if reason:
-                rejected = {
-                    "dataset": name,
-                    "file": place,
-                    "line": record.line,
-                    "reason": reason,
-                    "record": record.value,
-                }
-                intake.rejected.append(rejected)
+    found = find(config.data, config.dataset)
+    check_known("schemas", config.dataset.schemas, found)
+    return found
 
 
-def own_dataset(record: dict[str, Any], default: str) -> str:
-    """The dataset that a row in a file of several says it is from.
+def take(config: IngestConfig, datasets: Mapping[str, Dataset], folder: Path, workers: Workers, texts: bool) -> Intake:
+    """Read the datasets into a spool, and refuse them where too much cannot be used.
+
+    Args:
+        config: of the stage.
+        datasets: by name.
+        folder: for the spool.
+        workers: who reads.
+        texts: whether the texts are kept.
 
     Raises:
-        FormatError: what it says cannot be a dataset's name.
+        UserError: a file is damaged, more was rejected than `max_rejected`, or no row is left.
     """
-    name = record.get("dataset", default)
-    if not isinstance(name, str) or not DATASET_NAME.fullmatch(name):
-        raise FormatError(f"dataset {str(name)[:80]!r} cannot be a dataset's name (A-Z a-z 0-9 . _ -, at most 64)")
-    return name
+    settings = Settings(folder, texts, own_ids=not config.plant.share, draw=config.draw.encode())
+    schemas = {name: config.dataset.schemas.get(name, config.dataset.schema) for name in datasets}
+    intake = take_in(datasets, schemas, settings, workers)
+    check_rejected(intake, config.max_rejected, config.dataset.place(config.data))
+    return intake
 
 
-def check_rejected(rejected: list[dict[str, Any]], seen: int, most: float, place: str) -> None:
+def check_rejected(intake: Intake, most: float, place: str) -> None:
     """Refuse a pool of which too much was rejected, with the first ten reasons.
 
     Args:
-        rejected: the records that were rejected.
-        seen: how many were read.
+        intake: what was read.
         most: share that may be rejected.
-        place: where they were read, for the message.
+        place: where it was read, for the message.
 
     Raises:
         UserError: more than that was rejected, or no row is left.
     """
-    reasons = "; ".join(f"{r['dataset']}/{r['file']} line {r['line']}: {r['reason']}" for r in rejected[:10])
-    if len(rejected) > most * seen:
+    seen, rejected = intake.seen, len(intake.rejects)
+    reasons = "; ".join(f"{r.dataset}/{r.file} line {r.line}: {r.reason}" for r in intake.rejected(10))
+    if rejected > most * seen:
         allowed = f"max_rejected={most:g} allows {int(most * seen)}"
-        raise UserError(f"{place}: {len(rejected)} of {seen} rows cannot be used ({allowed}): {reasons}")
-    if len(rejected) == seen:
-        raise UserError(
-            f"{place}: the pool is empty: "
-            + (
-                f"every row was rejected: {reasons}"
-                if rejected
-                else "no file holds a row, expected one JSON object a line"
-            )
+        raise UserError(f"{place}: {rejected} of {seen} rows cannot be used ({allowed}): {reasons}")
+    if rejected == seen:
+        why = (
+            f"every row was rejected: {reasons}" if rejected else "no file holds a row, expected one JSON object a line"
         )
+        raise UserError(f"{place}: the pool is empty: {why}")
 
 
-def assign_ids(rows: Iterable[tuple[str, str, list[Message]]]) -> list[Row]:
-    """Give every row its exact id: its own, else its content's; the k-th row with an id (k > 1) gets `-k`.
-
-    Rows that share an id are ordered by content, so that the order of the files plays no part.
-
-    Returns:
-        The rows, sorted by (dataset, id).
-    """
-    wanted: defaultdict[tuple[str, str], list[tuple[str, list[Message]]]] = defaultdict(list)
-    for dataset, row_id, messages in rows:
-        wanted[dataset, row_id or content_id(dataset, messages)].append((content_hash(messages), messages))
-    taken = set(wanted)
-    out: list[Row] = []
-    for (dataset, base), same in sorted(wanted.items()):
-        out.append(Row(dataset, base, min(same, key=lambda pair: pair[0])[1]))
-        k = 2
-        for _, messages in sorted(same, key=lambda pair: pair[0])[1:]:
-            while (dataset, f"{base}-{k}") in taken:
-                k += 1
-            taken.add((dataset, f"{base}-{k}"))
-            out.append(Row(dataset, f"{base}-{k}", messages))
-    return sorted(out, key=lambda row: row.key)
-
-
-def holdout_size(holdout: float | None, rows: int) -> int:
-    """Number of rows to hold out.
+def survey(config: IngestConfig) -> Pool:
+    """Sizes of the data, read as `run` will read them; nothing is kept.
 
     Raises:
-        UserError: the holdout would leave no pool.
+        UserError: what `run` would raise.
     """
-    if holdout is None:
-        return int(min(max(HOLDOUT_ROWS, HOLDOUT_SHARE * rows), HOLDOUT_MOST * rows))
-    size = max(1, round(holdout * rows)) if 0 < holdout < 1 else int(holdout)
-    if size >= rows:
-        raise UserError(f"holdout={holdout:g} would take all of the {rows} rows: give a smaller one")
-    return size
+    datasets = find_datasets(config)
+    with tempfile.TemporaryDirectory() as scratch, Workers(_workers(config, datasets)) as workers:
+        folder = Path(scratch)
+        try:
+            index = screening.task_index(config.decontaminate)
+            parts, _ = divide(take(config, datasets, folder, workers, texts=config.screens), config, index, workers)
+        finally:
+            spool.release(folder)
+    tables = [part.table for part in parts.values()]
+    rows, pooled = sum(map(len, tables)), sum(len(part.split.pool) for part in parts.values())
+    text, answers = (sum(int(t.rows[name].sum(dtype="u8")) for t in tables) for name in ("text", "answers"))
+    return Pool(rows, text, answers, rows - pooled)
 
 
-def split(rows: list[Row], size: int) -> tuple[list[Row], list[Row], list[Row]]:
-    """Split rows by a hash of their content.
-
-    The hash is salted: by the plain one, which ids show, the rows that stay would be recognisable by their ids.
-
-    Args:
-        rows: sorted by (dataset, id).
-        size: contents to hold out.
-
-    Returns:
-        pool, holdout (each content once), and the rows that go because their content is in the holdout.
-    """
-    by_content: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_content[hashlib.sha256(b"holdout" + content_hash(row.messages).encode()).hexdigest()].append(row)
-    drawn = sorted(by_content)[:size]
-    holdout = [by_content[content][0] for content in drawn]
-    copies = [row for content in drawn for row in by_content[content][1:]]
-    gone = {row.key for row in (*holdout, *copies)}
-    return [row for row in rows if row.key not in gone], holdout, copies
-
-
-def plant(pool: list[Row], holdout: list[Row], config: PlantConfig, seed: int) -> tuple[list[Row], list[str]]:
-    """Make corrupted copies of rows of the pool, kinds in turn, until they are `share` of pool and copies together.
-
-    Args:
-        pool: the clean rows.
-        holdout: rows whose content no copy may have.
-        config: share, kinds, seed.
-        seed: the stage's seed.
-
-    Returns:
-        The copies, and the kind of each.
-
-    Raises:
-        UserError: the pool's rows do not give so many different copies.
-    """
-    wanted = round(config.share * len(pool) / (1 - config.share))
-    rng = random.Random(f"plant {seed} {config.seed}")
-    known = {content_hash(row.messages) for row in (*pool, *holdout)}
-    copies: list[Row] = []
-    kinds: list[str] = []
-    order: list[Row] = []
-    failures = 0
-    while len(copies) < wanted:
-        if not order:
-            order = rng.sample(pool, len(pool))
-        row, kind = order.pop(), config.kinds[len(copies) % len(config.kinds)]
-        copy = corrupt(kind, row, rng.choice(pool), rng)
-        content = content_hash(copy.messages) if copy else ""
-        if copy is None or content in known:
-            failures += 1
-            if failures > 20 * (wanted + len(pool)):
-                raise UserError(
-                    f"plant.share={config.share:g} needs {wanted} copies ({kind}); the pool gives {len(copies)}"
-                )
-            continue
-        known.add(content)
-        copies.append(copy)
-        kinds.append(kind)
-    return copies, kinds
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write records as strict JSON lines in ASCII, since a rejected record may hold text that UTF-8 cannot."""
-    with path.open("w", encoding="ascii") as file:
-        for record in records:
-            try:
-                line = json.dumps(record, sort_keys=True, default=str, allow_nan=False)
-            except ValueError:  # a table's NaN
-                line = json.dumps(record | {"record": repr(record["record"])}, sort_keys=True)
-            file.write(line + "\n")
+def _workers(config: IngestConfig, datasets: Mapping[str, Dataset]) -> int:
+    found = [source for data in datasets.values() for source in data.sources]
+    size = sum(source.size for source in found if isinstance(source, Source))
+    streams = sum(not isinstance(source, Source) for source in found)
+    return config.workers or max(1, min(cores(config.threads), streams + size // WORKER_BYTES))
 
 
 def run(config: IngestConfig) -> Path:
@@ -346,57 +210,185 @@ def run(config: IngestConfig) -> Path:
         The output folder.
 
     Raises:
-        UserError: see `find_datasets`, `read_dataset`, `check_rejected`, `holdout_size`, `plant`.
+        UserError: see `find_datasets`, `take`, `divide`, `planting.plant`.
+        Unavailable: a server does not answer, or a worker was killed.
+        OSError: the disk is full.
     """
     datasets = find_datasets(config)
-    with stage.begin(STAGE, VERSION, config, inputs={f"data.{name}": str(p) for name, p in datasets.items()}) as out:
+    index = screening.task_index(config.decontaminate)
+    inputs: dict[str, Any] = {f"data.{name}": found.entry for name, found in datasets.items()}
+    if index:
+        inputs["decontaminate.tasks"] = {"uri": " ".join(config.decontaminate.tasks), "identity": index.identity}
+    with stage.begin(STAGE, VERSION, config, inputs) as out:
         if out.done:
             return out.path
-        intake = Intake()
-        for name, path in datasets.items():
-            read_dataset(name, path, intake)
-        place = config.data or config.dataset.local.data_dir
-        check_rejected(intake.rejected, intake.seen, config.max_rejected, place)
-        planting = config.plant.share > 0
-        rows = assign_ids((name, "" if planting else row_id, messages) for name, row_id, messages in intake.rows)
-        pool, holdout, copies = split(rows, holdout_size(config.holdout, len(rows)))
-        planted, kinds = plant(pool, holdout, config.plant, config.seed) if planting else ([], [])
-        if not pool:
-            raise UserError("the pool is empty: every row has the content of one in the holdout (give holdout=0)")
-        dropped = Counter(UNREADABLE if isinstance(r["record"], str) else UNUSABLE for r in intake.rejected)
-        dropped[IN_HOLDOUT] += len(copies)
-        _write(out, pool, holdout, planted, kinds, intake.rejected, copies)
-        duplicates = len(rows) - len({content_hash(row.messages) for row in rows})
-        out.metric("duplicates", duplicates)
-        out.metric("planted", len(planted))
-        out.metric("rejected", len(intake.rejected))
-        out.commit(
-            rows_in=intake.seen + len(planted), rows_out=len(pool) + len(planted) + len(holdout), dropped=dropped
-        )
-    sizes = f"{len(pool) + len(planted)} in the pool ({len(planted)} planted), {len(holdout)} in the holdout"
-    print(f"ingest: {sizes}, {len(intake.rejected)} rejected, {duplicates} exact duplicates", file=sys.stderr)
+        folder = out.path / ".work" / "spool"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
+        give_back()
+        try:
+            with Workers(_workers(config, datasets)) as workers:
+                intake = take(config, datasets, folder, workers, texts=True)
+                parts, depends = divide(intake, config, index, workers)
+                _plant(parts, depends, config, folder)
+                statistics = _write_rows(out, parts, folder, workers)
+            _write_lists(out, intake, parts, config)
+            _write_sources(out, intake, statistics, index)
+        finally:
+            spool.release(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        _commit(out, intake, parts, depends, config)
     return out.path
 
 
-def _write(
-    out: stage.Output,
-    pool: list[Row],
-    holdout: list[Row],
-    planted: list[Row],
-    kinds: list[str],
-    rejected: list[dict[str, Any]],
-    copies: list[Row],
-) -> None:
-    """Stage the files; pool and holdout with their own manifests."""
-    final = [*pool, *planted]
-    for part, rows in (("pool", final), ("holdout", holdout)):
-        (out.staging / part).mkdir()
-        write_pool(out.staging / part, rows)
-        out.part(part, rows_in=len(rows), rows_out=len(rows))
-    gone = [
-        {"dataset": r.dataset, "id": r.id, "reason": IN_HOLDOUT, "record": {"messages": r.messages}} for r in copies
+def _plant(parts: Mapping[str, Part], depends: Mapping[str, str], config: IngestConfig, folder: Path) -> None:
+    wanted = config.plant
+    for name, part in parts.items() if wanted.share else ():
+        rows = pool_files.read_rows(folder, part.rows(part.split.pool))
+        seed = f"plant {name} {config.seed} {wanted.seed}"
+        below = int(depends["holdout_below"], 16)
+        part.planted, part.kinds = plant(rows, wanted.share, wanted.kinds, seed, below)
+
+
+def _write_rows(out: stage.Output, parts: Mapping[str, Part], folder: Path, workers: Workers) -> dict[str, Statistics]:
+    """Write the Parquet files of pool and holdout; returns the numbers of the pool's datasets."""
+    statistics = {name: Statistics() for name in parts}
+    places = [
+        (out.staging / place / name, part, order)
+        for name, part in parts.items()
+        for place, order in (("pool", part.split.pool), ("holdout", part.split.holdout))
+        if len(order)
     ]
-    write_lines(out.staging / "rejected.jsonl", [*rejected, *gone])
-    if planted:
-        records = [{"dataset": r.dataset, "id": r.id, "kind": kind} for r, kind in zip(planted, kinds, strict=True)]
-        write_lines(out.staging / "planted.jsonl", sorted(records, key=lambda r: (r["dataset"], r["id"])))
+    for target, part, order in places:
+        if part.planted and order is part.split.pool:
+            rows = [*pool_files.read_rows(folder, part.rows(order)), *part.planted]
+            write_dataset(target, sorted(rows, key=lambda row: row.id))
+            for row in rows:
+                statistics[target.name].add(bytes.fromhex(content_hash(row.messages)), row.messages)
+    left = [(target, part, order) for target, part, order in places if not target.exists()]
+    tasks = (
+        task
+        for target, part, order in left
+        for task in pool_files.file_tasks(target, folder, part.table, order, measured=order is part.split.pool)
+    )
+    text = sum(int(part.table.rows["text"][order].sum(dtype="u8")) for _, part, order in left)
+    written = 0
+    with transfer("ingest: writing", text) as moved:
+        for result in workers.map(pool_files.write, tasks):
+            moved(result.text)
+            written += result.rows
+            if result.statistics:
+                statistics[result.dataset].merge(result.statistics)
+    if written != (wanted := sum(len(order) for *_, order in left)):
+        raise RuntimeError(f"{wanted} rows were to be written, {written} were: rows were lost")
+    return statistics
+
+
+def _write_lists(out: stage.Output, intake: Intake, parts: Mapping[str, Part], config: IngestConfig) -> None:
+    """Write what a person reads: rejected and planted rows, and what the sources were found to hold."""
+    with (out.staging / "rejected.jsonl").open("w", encoding="ascii") as file:
+        file.writelines(rejected.line_of_json() for rejected in intake.rejected())
+        for part in parts.values():
+            copies = part.rows(part.split.copies)
+            went = [(copies, [IN_HOLDOUT] * len(copies)), *((gone.table, gone.reasons) for gone in part.gone)]
+            for table, reasons in went:
+                for row, reason in zip(pool_files.read_rows(intake.folder, table), reasons, strict=True):
+                    entry = {"dataset": row.dataset, "id": row.id, "reason": reason}
+                    file.write(json.dumps(entry | {"record": {"messages": row.messages}}, sort_keys=True) + "\n")
+    if config.plant.share:
+        planted = [
+            {"dataset": row.dataset, "id": row.id, "kind": kind}
+            for part in parts.values()
+            for row, kind in zip(part.planted, part.kinds, strict=True)
+        ]
+        lines = (json.dumps(p, sort_keys=True) + "\n" for p in sorted(planted, key=lambda p: (p["dataset"], p["id"])))
+        (out.staging / "planted.jsonl").write_text("".join(lines), encoding="ascii")
+
+
+def _write_sources(
+    out: stage.Output, intake: Intake, statistics: Mapping[str, Statistics], index: Index | None
+) -> None:
+    """Write what the sources were found to hold, and the pool's datasets; show it."""
+    datasets = {name: found.result() for name, found in statistics.items()}
+    report = {"files": source_report.report(intake.sources), "datasets": datasets}
+    if index:
+        report["decontamination"] = index.summary()
+    text = json.dumps(report, indent=1, sort_keys=True) + "\n"
+    (out.staging / source_report.NAME).write_text(text, encoding="utf-8")
+    print(source_report.table(intake.sources), statistics_table(datasets), sep="\n", file=sys.stderr)
+
+
+def _commit(
+    out: stage.Output, intake: Intake, parts: Mapping[str, Part], depends: Mapping[str, str], config: IngestConfig
+) -> None:
+    """Write the manifests: of every dataset in pool and holdout, of both, and of the whole."""
+    for place in ("pool", "holdout"):
+        (out.staging / place).mkdir(exist_ok=True)
+        inputs: dict[str, dict[str, str]] = {}
+        total = Counter[str]()
+        for name, part in parts.items():
+            rows_out, dropped = _counted(place, part)
+            rows_in = rows_out + sum(dropped.values())
+            total += Counter(dropped) + Counter({"in": rows_in, "out": rows_out})
+            if rows_out:
+                made = out.part(
+                    f"{place}/{name}",
+                    rows_in=rows_in,
+                    rows_out=rows_out,
+                    dropped=dropped,
+                    config=_concerning(name, place, part, depends, intake, config),
+                    inputs={key: out.inputs[key] for key in sorted(f"data.{n}" for n in intake.origins[name])},
+                )
+                inputs[name] = {"uri": name, "identity": made.identity}
+        rows_in, rows_out = total.pop("in", 0), total.pop("out", 0)
+        counts: dict[str, Any] = {"rows_in": rows_in, "rows_out": rows_out, "dropped": total}
+        out.part(place, **counts, config={"part": place}, inputs=inputs, parts=inputs)
+    _commit_whole(out, intake, parts)
+
+
+def _counted(place: str, part: Part) -> tuple[int, dict[str, int]]:
+    """Rows of a dataset that are in the pool, or in the holdout, and those that are not, by reason."""
+    held, copies = len(part.split.holdout), len(part.split.copies)
+    if place == "holdout":
+        return held, {IN_HOLDOUT: copies}
+    return part.pooled, {NOT_DRAWN: part.taken - part.drawn, HELD_OUT: held + copies, **part.reasons}
+
+
+def _concerning(
+    name: str, place: str, part: Part, depends: Mapping[str, str], intake: Intake, config: IngestConfig
+) -> dict[str, Any]:
+    """The configuration that a dataset in pool or holdout depends on."""
+    data, planted, near = config.dataset, config.plant, config.near_duplicates
+    schemas = {read.schema for read in intake.sources if read.dataset.name in intake.origins[name]}
+    draws = data.subset_ratio < 1 or part.limit is not None
+    return {
+        "part": place,
+        "dataset": name,
+        "schema": sorted(schemas - {""}),
+        "subset_ratio": data.subset_ratio,
+        "limit": part.limit,
+        "draw": config.draw if draws else None,
+        **depends,
+        "near_duplicates": [near.threshold, near.ngram] if near.threshold else None,
+        "decontaminate_ngram": config.decontaminate.ngram if "tasks" in depends or "holdout" in depends else None,
+        "plant": {"share": planted.share, "kinds": planted.kinds, "seed": [config.seed, planted.seed]}
+        if planted.share
+        else None,
+    }
+
+
+def _commit_whole(out: stage.Output, intake: Intake, parts: Mapping[str, Part]) -> None:
+    sums = Counter[str]()
+    for part in parts.values():
+        sums += Counter(planted=len(part.planted), pool=part.pooled, holdout=len(part.split.holdout))
+        sums += Counter({NOT_DRAWN: part.taken - part.drawn, IN_HOLDOUT: len(part.split.copies)}) + part.reasons
+    planted, pooled, held = (sums.pop(name, 0) for name in ("planted", "pool", "holdout"))
+    rejected, unreadable = len(intake.rejects), sum(read.tally.unreadable for read in intake.sources)
+    dropped = {UNREADABLE: unreadable, UNUSABLE: rejected - unreadable, **sums}
+    again = duplicates({name: part.table for name, part in parts.items()})
+    for name, value in (("duplicates", again), ("planted", planted), ("rejected", rejected)):
+        out.metric(name, value)
+    out.commit(rows_in=intake.seen + planted, rows_out=pooled + held, dropped=dropped)
+    left = "".join(f", {n} {reason}" for reason, n in sums.items())
+    sizes = f"{pooled} in the pool ({planted} planted), {held} in the holdout"
+    print(f"ingest: {sizes}, {rejected} rejected, {again} exact duplicates{left}", file=sys.stderr)

@@ -11,7 +11,8 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from selectmoe.errors import UserError
 
 SCHEMA = 1
 NAME = "manifest.json"
-RESERVED = {".hydra", "logs", ".work"}
+WORK = ".work"
+RESERVED = {".hydra", "logs", WORK}
 """Folders inside an output that are nobody's result and stand in no manifest."""
 
 
@@ -73,22 +75,35 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_files(paths: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 (hex) of many files' bytes, several at a time."""
+    with ThreadPoolExecutor(min(len(paths), len(os.sched_getaffinity(0))) or 1) as pool:
+        return dict(zip(paths, pool.map(sha256_file, paths)))
+
+
 def work_key(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Digest of what is to be done; two works with the same key give the same result."""
     return digest({"schema": SCHEMA, "stage": stage, "version": version, "config": config, "inputs": inputs})
 
 
 def own_files(directory: Path, parts: Collection[str] = ()) -> list[Path]:
-    """The files of an output, sorted: no reserved folders, no nested outputs except its parts, no manifest of its own."""
+    """The files of an output, sorted: no reserved folders, no manifest of its own, no nested outputs except its parts.
+
+    A nested output that is being made is one too, and a link to something inside is a second name of that, not a file.
+    """
     found: list[Path] = []
     for root, folders, names in os.walk(directory):
         here = Path(root)
         if here == directory:
             folders[:] = [f for f in folders if f not in RESERVED]
         own = {f for f in folders if (here / f).relative_to(directory).as_posix() in parts}
-        folders[:] = [f for f in folders if f in own or not (here / f / NAME).exists()]
+        folders[:] = [f for f in folders if f in own or not ((here / f / NAME).exists() or (here / f / WORK).is_dir())]
         found += [here / name for name in names if not (here == directory and name == NAME)]
-    return sorted(found)
+    return sorted(path for path in found if not _second_name(path, directory))
+
+
+def _second_name(path: Path, directory: Path) -> bool:
+    return path.is_symlink() and directory.resolve() in path.resolve().parents
 
 
 def write_manifest(
@@ -125,9 +140,11 @@ def write_manifest(
     """
     globs = (*bookkeeping, f"*/{NAME}")
     found = {name: dict(entry) for name, entry in (elsewhere or {}).items()}
-    for path in own_files(directory, parts):
-        name = path.relative_to(directory).as_posix()
-        found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    known = {f"{part}/{f['path']}": f for part in parts for f in read_manifest(directory / part, verify=False).files}
+    paths = {path.relative_to(directory).as_posix(): path for path in own_files(directory, parts)}
+    digests = sha256_files([path for name, path in paths.items() if name not in known])
+    for name, path in paths.items():  # what a part's manifest has just said is not read again
+        found[name] = {"bytes": path.stat().st_size, "sha256": digests.get(path) or known[name]["sha256"]}
     files = []
     for name in sorted(found, key=Path):
         result = not any(fnmatch.fnmatch(name, pattern) for pattern in globs)
@@ -136,13 +153,17 @@ def write_manifest(
     manifest = dataclasses.replace(manifest, identity=_identity(manifest))
     manifest = dataclasses.replace(manifest, checksum=_checksum(manifest))
     temporary = directory / (NAME + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(_bytes(manifest))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(directory / NAME)
     return manifest
+
+
+def _bytes(m: Manifest) -> bytes:
+    text = json.dumps(dataclasses.asdict(m), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
 
 
 def _identity(m: Manifest) -> str:
@@ -163,23 +184,24 @@ def _checksum(m: Manifest) -> str:
     return digest({k: v for k, v in dataclasses.asdict(m).items() if k != "checksum"})
 
 
-def parse_manifest(text: str, where: Path | str) -> Manifest:
-    """The manifest in a text, proved against its own checksum.
+def parse_manifest(data: bytes, where: Path | str) -> Manifest:
+    """The manifest in a file's bytes, proved against its own checksum.
 
     Args:
-        text: content of a `manifest.json`.
+        data: content of a `manifest.json`.
         where: where it lies, for messages.
 
     Raises:
         UserError: it is none, of another schema, or was edited.
     """
     try:
-        manifest = Manifest(**json.loads(text))
+        manifest = Manifest(**json.loads(data.decode("utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{where} cannot be read as a manifest: {error}") from None
     if manifest.schema != SCHEMA:
         raise UserError(f"{where} has schema {manifest.schema}; this version reads {SCHEMA}")
-    if manifest.checksum != _checksum(manifest) or manifest.identity != _identity(manifest):
+    whole = manifest.checksum == _checksum(manifest) and data == _bytes(manifest)
+    if not whole or manifest.identity != _identity(manifest):
         raise UserError(f"{where} was changed after it was written: its checksum does not fit")
     return manifest
 
@@ -194,7 +216,7 @@ def read_manifest(directory: Path | str, verify: bool = True) -> Manifest:
     path = directory / NAME
     if not path.is_file():
         raise UserError(f"{directory} has no {NAME}: it is not a finished output of Select-MoE")
-    manifest = parse_manifest(path.read_text(encoding="utf-8"), path)
+    manifest = parse_manifest(path.read_bytes(), path)
     if verify:
         verify_files(directory, manifest)
     return manifest
@@ -213,14 +235,23 @@ def verify_files(directory: Path, manifest: Manifest, content: bool = True) -> N
     """
     listed = {f["path"]: f for f in manifest.files}
     present = {p.relative_to(directory).as_posix() for p in own_files(directory, manifest.parts)}
+    parts = [directory / part for part in manifest.parts]
+    around = {*parts, *(part.parent for part in parts)}  # where no other output may lie
+    for path in directory.rglob(NAME) if parts else ():
+        name = path.relative_to(directory)
+        if path.parent != directory and name.parts[0] not in RESERVED and around & {*path.parents}:
+            present.add(name.as_posix())
     if missing := sorted(set(listed) - present):
         raise UserError(f"{directory}: {missing[0]} is missing (its manifest lists it)")
     if foreign := sorted(present - set(listed)):
         raise UserError(f"{directory}: {foreign[0]} is foreign (its manifest does not list it)")
-    for name, entry in listed.items():
-        path = directory / name
-        if path.stat().st_size != entry["bytes"] or (content and sha256_file(path) != entry["sha256"]):
-            raise UserError(f"{directory}: {name} does not have the bytes that its manifest lists")
+    paths = {name: directory / name for name in listed}
+    wrong = [name for name, path in paths.items() if path.stat().st_size != listed[name]["bytes"]]
+    if content and not wrong:
+        digests = sha256_files(list(paths.values()))
+        wrong = [name for name, path in paths.items() if digests[path] != listed[name]["sha256"]]
+    for name in wrong[:1]:
+        raise UserError(f"{directory}: {name} does not have the bytes that its manifest lists")
 
 
 def tree_identity(path: Path | str) -> str:

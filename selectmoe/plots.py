@@ -34,13 +34,23 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _uri(figure: Figure) -> str:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the same numbers give the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
-def _label(text: object) -> str:
+def uri(image: bytes) -> str:
+    """A PNG as data URI."""
+    return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+
+
+def _uri(figure: Figure) -> str:
+    return uri(png(figure))
+
+
+def label(text: object) -> str:
     """Text for an axis: short, and never read as a formula."""
     words = str(text)
     return (words if len(words) <= MAX_LABEL else words[: MAX_LABEL - 1] + "…").replace("$", r"\$")
@@ -62,7 +72,7 @@ def forest(verdict: Verdict) -> str:
         axes.plot(arm.ci95, [place, place], color=colour, linewidth=2)
         axes.plot(arm.effect, place, "o", color=colour, markerfacecolor="white" if arm.control else colour)
     axes.axvline(0, color="#555555", linewidth=1)
-    names = [_label(arm.name) + (" (control)" if arm.control else "") for arm in arms]
+    names = [label(arm.name) + (" (control)" if arm.control else "") for arm in arms]
     axes.set_yticks(range(len(arms)), names)
     axes.set_ylim(-0.5, len(arms) - 0.5)
     values = axes.secondary_yaxis("right")
@@ -71,7 +81,7 @@ def forest(verdict: Verdict) -> str:
     )
     values.tick_params(length=0)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"gain over {_label(verdict.baseline)} in {_label(verdict.metric)}; 95 % interval")
+    axes.set_xlabel(f"gain over {label(verdict.baseline)} in {label(verdict.metric)}; 95 % interval")
     return _uri(figure)
 
 
@@ -129,8 +139,8 @@ def heat_maps(shares: Mapping[str, npt.NDArray[np.float64]], sources: Sequence[s
     colours = ScalarMappable(Normalize(0, most), "Blues")
     for axes, (name, panel) in zip(grid.flat, shares.items(), strict=False):
         axes.imshow(panel, cmap=colours.cmap, norm=colours.norm, aspect="auto", interpolation="nearest")
-        axes.set_title(_label(name), fontsize=10)
-        axes.set_yticks(range(len(sources)), [_label(source) for source in sources], fontsize=8)
+        axes.set_title(label(name), fontsize=10)
+        axes.set_yticks(range(len(sources)), [label(source) for source in sources], fontsize=8)
         step = max(1, len(clusters) // 16)
         axes.set_xticks(range(0, len(clusters), step), clusters[::step], fontsize=7, rotation=90)
     for axes in grid.flat[len(shares) :]:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from selectmoe.errors import Unavailable, UserError
 from selectmoe.estimate import Model, Pool
@@ -64,7 +64,7 @@ class Proofs:
 
 
 def read_pool(config: RunConfig) -> Pool:
-    """Sizes of the data, read as `ingest` will read it, one dataset in memory at a time.
+    """Sizes of the data, read as `ingest` will read it.
 
     Raises:
         UserError: what `ingest` would raise, or nothing would be left to evaluate with.
@@ -73,34 +73,24 @@ def read_pool(config: RunConfig) -> Pool:
 
     if config.data.startswith("s3://"):
         S3Store(config.data, **QUICK).stat("")  # a server that is silent is noticed at once
-    reading = dataclasses.replace(config.ingest, data=config.data)
-    rows = seen = text = answers = 0
-    rejected: list[dict[str, Any]] = []
-    for name, path in ingest.find_datasets(reading).items():
-        part = ingest.Intake()
-        ingest.read_dataset(name, path, part)
-        rows, seen, rejected = rows + len(part.rows), seen + part.seen, rejected + part.rejected
-        for message in (m for _, _, messages in part.rows for m in messages):
-            size = len(message["content"].encode())
-            text += size
-            answers += size if message["role"] == "assistant" else 0
-    ingest.check_rejected(rejected, seen, reading.max_rejected, config.data)
-    if not ingest.holdout_size(reading.holdout, rows):
-        wanted = "ingest.holdout=0" if reading.holdout == 0 else f"a fifth of {rows} rows"
+    threads = config.ingest.threads or config.threads
+    found = ingest.survey(dataclasses.replace(config.ingest, data=config.data, seed=config.seed, threads=threads))
+    if not found.held:
+        wanted = "ingest.holdout=0" if config.ingest.holdout == 0 else f"a fifth of {found.rows} rows"
         raise UserError(f"{wanted} leaves nothing to evaluate with: give ingest.holdout=, a number of rows or a share")
-    return Pool(rows, text, answers)
+    return found
 
 
-def check_rows(config: RunConfig, rows: int, answers: int | None = None) -> int:
+def check_rows(config: RunConfig, rows: int, answers: int | None = None, held: int | None = None) -> int:
     """Whether this pool can give what the budget, the warm-up and a fine-tuning step want.
 
-    The pool that is selected from is what the holdout leaves, with the planted copies. Exact duplicates of held-out rows
-    go as well; without reading the contents this is an upper bound, so that nothing possible is refused.
+    The pool that is selected from is what the holdout leaves, with the planted copies.
 
     Args:
         config: of the whole run.
         rows: how many come in, before the holdout.
         answers: UTF-8 bytes of their answers; None: not known yet, and a budget of tokens is believed.
+        held: rows that go into the holdout, or that are duplicates of such; None: not known yet, and reckoned.
 
     Returns:
         Rows that are selected, for a budget of tokens about.
@@ -108,10 +98,11 @@ def check_rows(config: RunConfig, rows: int, answers: int | None = None) -> int:
     Raises:
         UserError: it cannot; names the largest that is possible.
     """
-    from selectmoe.ingest import holdout_size
+    from selectmoe.division import holdout_size
     from selectmoe.picking import most_rows
 
-    held, share = holdout_size(config.ingest.holdout, rows), config.ingest.plant.share
+    share = config.ingest.plant.share
+    held = holdout_size(config.ingest.holdout, rows) if held is None else held
     n = rows - held + round(share * (rows - held) / (1 - share))
     drop = config.select.parts()["drop"] if config.select.method in CLUSTERED else 0.0
     most = most_rows(n, drop)

@@ -20,8 +20,9 @@ from selectmoe.evaluate import HOLDOUT, read_results
 from selectmoe.manifest import Manifest, find_manifests
 from selectmoe.pool import Row, locate, read_pool
 from selectmoe.router_data import RouterData, read_router_data
-from selectmoe.scores import auc, score
+from selectmoe.scores import auc, table
 from selectmoe.selection import DRAWN, Selected, read_selected
+from selectmoe.stage import RUN
 from selectmoe.verdict import ALPHA, Verdict, judge, metric_values
 
 Key = tuple[str, str]
@@ -97,7 +98,7 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
     Raises:
         UserError: an output that the report needs is missing or does not fit the others.
     """
-    ingested = [(p, m) for p, m in by_stage(outputs, "ingest") if (p / "pool").is_dir()]
+    ingested = [(p, m) for p, m in by_stage(outputs, "ingest") if (p / "pool").is_dir() and not m.parts]
     ingest = the_one(ingested, "ingest")
     warmup = the_one(outputs, "warmup")
     rows = {row.key: row for row in read_pool(locate(ingest))}
@@ -133,7 +134,7 @@ def collect(outputs: list[tuple[Path, Manifest]]) -> Findings:
         strata=strata,
         base=base,
     )
-    found.scores = {name: score(router, name) for name in SHOWN_SCORES}
+    found.scores = table(router, SHOWN_SCORES)
     found.scores["length"] = router.tokens.astype(np.float64)
     return found
 
@@ -261,7 +262,7 @@ def stages(found: Findings) -> list[dict[str, Any]]:
     return [
         {
             "stage": m.stage,
-            "arm": m.config["identity"].get("arm", path.name if path.name in parts or m.stage == "select" else ""),
+            "arm": m.config["identity"].get("arm", path.name if m.stage == "select" or path.name in parts else ""),
             "seed": m.config["identity"].get("seed", ""),
             "seconds": m.environment["seconds"],
             "peak_rss_mib": round(m.environment["peak_rss_bytes"] / 2**20),
@@ -287,8 +288,11 @@ def command(manifest: Manifest) -> str:
             return "[" + ",".join(map(word, value)) + "]"
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
-    given = flatten(manifest.config["identity"]) | flatten(manifest.config["execution"])
+    own = flatten(manifest.config["identity"]) | flatten(manifest.config["execution"])
+    given = dict(manifest.config.get(RUN, own))
     stage = "merge" if manifest.stage == "route" and "shards" in given else manifest.stage
     given["output_dir"] = str(given["output_dir"]).replace("/.work/staging", "")  # where a part was while it was made
-    words = [shlex.quote(f"{k}={word(v)}") for k, v in given.items() if v not in ("", [], None) and k != "work_root"]
+    words = [
+        shlex.quote(f"{k}={word(v)}") for k, v in given.items() if v not in ("", [], {}, None) and k != "work_root"
+    ]
     return " ".join(["selectmoe", stage, *words])

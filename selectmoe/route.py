@@ -2,59 +2,56 @@ r"""Stage 2: the judge reads a pool once and says, per row and layer, how good i
 
     selectmoe route selector_model.path=out/convert model_checkpoint_path=out/warmup data=out/ingest \
         output_dir=out/route
+    torchrun --nproc-per-node 4 -m selectmoe.cli route ...      # the same bytes, by all GPUs of a node
 
-In: a Select-MoE checkpoint, the router weights that `warmup` trained, a pool. Out: `router_data/` (formats and shapes:
-`selectmoe.router_data`) and `plan.json` (batches, rows, tokens, and the plan's digest).
+In: a Select-MoE checkpoint with the router weights that `warmup` trained, or a plain mixture of experts, or a dense model
+(`selectmoe.families`); a pool, or one dataset of it. Out: `router_data/` (formats and shapes: `selectmoe.router_data`;
+with `export_legacy=true` also in the predecessor's form, `selectmoe.legacy_router_data`),
+`plan.json` (batches, rows, tokens, and the plan's digest) and `units.jsonl` (how long each piece of work took).
 
-The batches are planned first, from pool and configuration alone (`selectmoe.batching`). A shard (`shard.index`,
-`shard.count`) takes every count-th piece of the plan and `selectmoe merge` puts the shards together: same bytes as one
-unsharded run. Pooled results are committed every `COMMIT_SECONDS`, and a restart goes on from there. The lm_head is not computed
-unless `nll=true`, and then on answer positions only.
+Dataset by dataset, rows are tokenised (`selectmoe.token_store`) and the batches planned, from pool and configuration alone
+(`selectmoe.batching`). A shard (`shard.index`, `shard.count`) takes every count-th piece of the plan and `selectmoe merge`
+puts the shards together; the processes of torchrun share a shard in the same way: same bytes as one process. The next piece
+is prepared while one is computed. Pooled results are committed every 15 seconds, and a restart goes on from there.
+Every dataset's router data are an output of their own; `reuse=` takes those over that an earlier run has made.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from selectmoe import allowed_code, stage
-from selectmoe.batching import Batch, Unit, plan_batches, plan_digest, share, units
+from selectmoe import allowed_code, distributed, ingested, stage
+from selectmoe import manifest as mf
+from selectmoe.batching import Plan, Unit, share
 from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.errors import UserError
-from selectmoe.manifest import NAME as MANIFEST
-from selectmoe.progress import progress
-from selectmoe.router_data import FOLDER, SHARD, STAGE, TENSORS, RouterData, write_router_data
+from selectmoe.legacy_router_data import EXPORTED, export_all
+from selectmoe.pool import datasets, locate, row_ids
+from selectmoe.router_data import FOLDER, SHARD, STAGE, TENSORS, Arrays, Ints
+from selectmoe.router_data_writing import write_dataset
+from selectmoe.routing import Results, Source, Work, plan_all, route_units, source_of
+from selectmoe.sources import DatasetConfig
 
-if TYPE_CHECKING:
-    from selectmoe.judge import Judge
-    from selectmoe.pool import Row
-    from selectmoe.storage import Store
-    from selectmoe.template import Encoded
-
-VERSION = 2
+VERSION = 3
 PLAN = "plan.json"
-COMMIT_SECONDS = 15.0
-"""A kill costs at most this much finished work, and the batch under way."""
-
-PLAN_ROWS = 1024
-"""Rows that are tokenised at once while planning."""
-
-Arrays = dict[str, npt.NDArray[Any]]
+UNITS = "units.jsonl"
+BOOKKEEPING = (UNITS, EXPORTED)
 
 
 @dataclass
 class SelectorModel:
     """The judge."""
 
-    path: str = input_(doc="Select-MoE checkpoint, from `convert`")
+    path: str = input_(
+        doc="Select-MoE checkpoint, from `convert`; or a plain MoE (no scores), or a dense model (embeddings)"
+    )
     trash_expert: str = execution("", doc="import path of a custom trash expert (in allow_code too); default: its own")
 
 
@@ -75,7 +72,8 @@ class RouteConfig(StageConfig):
         "",
         doc="router weights from `warmup`: full_rank_weights.pt or its folder; without it the checkpoint's own gates",
     )
-    data: str = input_(doc="the pool: ingest's output, or the pool/ in it")
+    data: str = input_("", doc="the pool: ingest's output, the pool/ in it, or one dataset of that; default: dataset.*")
+    dataset: DatasetConfig = group(DatasetConfig)
     max_length: int = identity(1024, doc="tokens of a row that are read; the rest is cut off")
     token_budget: int = identity(
         16384, doc="padded tokens per batch; lower it when memory is short (results then differ in their last bits)"
@@ -87,7 +85,13 @@ class RouteConfig(StageConfig):
     ifd: bool = identity(
         False, doc="also that of the answer without its question (score ifd; a second pass); needs nll"
     )
+    export_legacy: bool = identity(
+        False, doc="also NAME_router_data.pt per dataset, the predecessor's form (with shards: merge writes it)"
+    )
     shard: Shard = group(Shard)
+    reuse: list[str] = execution(
+        [], doc="finished outputs of route: datasets that they hold, routed in the same way, are taken over"
+    )
     allow_code: list[str] = execution([], doc="import path of your own trash expert, that it may be called")
 
     def validate(self) -> None:
@@ -96,6 +100,7 @@ class RouteConfig(StageConfig):
         Raises:
             UserError: a value is out of its range.
         """
+        ingested.check(self)
         if self.max_length < 1:
             raise UserError(f"max_length={self.max_length}: at least 1 token is needed")
         if self.token_budget < self.max_length:
@@ -107,26 +112,16 @@ class RouteConfig(StageConfig):
         named = [self.selector_model.trash_expert] if self.selector_model.trash_expert else []
         if self.allow_code != named:
             raise UserError(f"allow_code={self.allow_code} must be what is named and no more: {named}")
+        if self.reuse and self.shard.count > 1:
+            raise UserError("reuse= goes with shard.count=1: route new datasets by themselves (data=POOL/NAME) instead")
         if not 0 <= self.shard.index < self.shard.count:
             raise UserError(
                 f"shard.index={self.shard.index} must be from 0 to shard.count - 1 = {self.shard.count - 1}"
             )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be computed: the pool's rows, their lengths, and the batches of all shards."""
-
-    rows: list[Row]
-    tokens: npt.NDArray[np.int64]
-    answer_tokens: npt.NDArray[np.int64]
-    truncated: npt.NDArray[np.bool_]
-    batches: list[Batch]
-    digest: str
-
-
 def run(config: RouteConfig) -> Path:
-    """Route the pool, or one shard of it.
+    """Route the pool, or one shard of it; under torchrun, together with the other processes.
 
     Returns:
         The output directory.
@@ -135,10 +130,13 @@ def run(config: RouteConfig) -> Path:
         UserError: an input is missing or does not fit the others, no row has a token, or the largest batch does not
             fit into memory.
     """
-    from selectmoe.pool import locate, read_pool
-
     config.validate()
-    pool = locate(config.data)
+    with distributed.together("ddp" if distributed.world() > 1 else "single"):
+        return _run(config)
+
+
+def _run(config: RouteConfig) -> Path:
+    pool = locate(ingested.pool_of(config))
     index, count = config.shard.index, config.shard.count
     name = STAGE if count == 1 else f"{SHARD}{index}-of-{count}"
     allowed_code.allow(config.allow_code)
@@ -152,28 +150,23 @@ def run(config: RouteConfig) -> Path:
     with stage.begin(name, VERSION, config, inputs=inputs) as out:
         if out.done:
             return out.path
+        sources = [source_of(name, folder) for name, folder in datasets(pool).items()]
+        taken = distributed.from_first(lambda: take_over(config.reuse, sources, out))
+        todo = [source for source in sources if source.name not in taken]
         from selectmoe.judge import Judge  # torch: only where there is work to do
 
-        judge = Judge.load(config)
-        plan = make_plan(config, read_pool(pool), judge.tokenizer)
-        answers = plan.answer_tokens.tolist() if config.ifd else None
-        mine = share(units(plan.batches, answers), index, count)
-        results = Results(out.work, plan.digest)
-        started, computed = time.monotonic(), 0
-        todo = [at for at in range(len(mine)) if at not in results.done]
-        for at in progress(todo, desc=f"route {index + 1}/{count}", unit="unit"):
-            results.add(at, compute(judge, plan, mine[at], first=at == 0))
-            computed += sum(batch.padded for batch in mine[at])
-        results.flush()
-        (out.staging / FOLDER).mkdir()
-        for data in assemble(plan, mine, results):
-            write_router_data(out.staging / FOLDER, data)
-        (out.staging / PLAN).write_text(json.dumps(summary(plan), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        if computed:
-            out.metric("padded_tokens_per_second", computed / (time.monotonic() - started))
-        routed = sum(len(rows_of(unit)) for unit in mine)
-        empty = int((plan.tokens == 0).sum()) if index == 0 else 0
-        out.commit(rows_in=routed + empty, rows_out=routed, dropped={"no_valid_token": empty})
+        judge = Judge.load(config) if todo else None
+        if judge and config.export_legacy:
+            judge.family.check_exportable()
+        work = plan_all(config, todo, judge, out) if judge else []
+        mine = share([one.plan for one in work], index, count)
+        results = Results(out.work, mf.digest([one.digest for one in work]))
+        if judge:
+            route_units(judge, work, mine, results, out)
+        distributed.wait()
+        if out.leads:
+            results.look()
+            finish(out, config, work, mine, results, taken)
     return out.path
 
 
@@ -184,148 +177,159 @@ def weights_input(path: str) -> Path:
         raise UserError(
             f"model_checkpoint_path={path} does not exist; expected warmup's output or its full_rank_weights.pt"
         )
-    return place.parent if place.is_file() and (place.parent / MANIFEST).is_file() else place
+    return place.parent if place.is_file() and (place.parent / mf.NAME).is_file() else place
 
 
-def make_plan(config: RouteConfig, rows: list[Row], tokenizer: Any) -> Plan:
-    """Tokenise the pool's rows for their lengths and cut them into batches.
+def part_config(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity fields of the stage that change one dataset's router data."""
+    return {name: value for name, value in identity.items() if name not in ("export_legacy", "dataset")}
+
+
+def part_inputs(out: stage.Output, source: Source) -> dict[str, dict[str, str]]:
+    """What one dataset's router data are made from: the stage's inputs, and of the pool this dataset only."""
+    return {**out.inputs, "pool": {"uri": str(source.folder), "identity": source.identity}}
+
+
+def take_over(places: Sequence[str], sources: Sequence[Source], out: stage.Output) -> list[str]:
+    """Copy what earlier outputs hold of these datasets, where it was made from the same by the same means.
+
+    Returns:
+        The datasets that need not be routed.
 
     Raises:
-        UserError: no row of the pool has a token.
+        UserError: a place holds no finished output of `route`, or a damaged one.
     """
-    from selectmoe.template import encode_many
+    taken = []
+    for place in places:
+        manifest = mf.read_manifest(place)
+        if manifest.stage != STAGE:
+            raise UserError(f"reuse={place} is an output of stage {manifest.stage!r}, not of route")
+        for source in sources:
+            folder = Path(place, FOLDER, source.name)
+            if source.name in taken or f"{FOLDER}/{source.name}" not in manifest.parts:
+                continue
+            ids = {name: entry["identity"] for name, entry in part_inputs(out, source).items()}
+            if mf.read_manifest(folder, verify=False).key == mf.work_key(
+                STAGE, VERSION, part_config(out.roles["identity"]), ids
+            ):
+                shutil.copytree(folder, out.staging / FOLDER / source.name)
+                taken.append(source.name)
+    return taken
 
-    tokens = np.zeros(len(rows), dtype=np.int64)
-    answers = np.zeros(len(rows), dtype=np.int64)
-    truncated = np.zeros(len(rows), dtype=bool)
-    for start in progress(range(0, len(rows), PLAN_ROWS), desc="plan", unit="1024 rows"):
-        for i, encoded in enumerate(encode_many(rows[start : start + PLAN_ROWS], tokenizer, config.max_length), start):
-            tokens[i], answers[i], truncated[i] = len(encoded.input_ids), sum(encoded.answer), encoded.truncated
-    if not tokens.any():
-        raise UserError(f"{config.data}: none of {len(rows)} rows has a token to read")
-    keys = [(row.dataset, row.id) for row in rows]
-    batches = plan_batches(keys, tokens.tolist(), config.token_budget, config.batch_size)
-    return Plan(rows, tokens, answers, truncated, batches, plan_digest(keys, batches))
+
+def finish(
+    out: stage.Output,
+    config: RouteConfig,
+    work: Sequence[Work],
+    mine: Sequence[Unit],
+    results: Results,
+    taken: Sequence[str],
+) -> None:
+    """Assemble the router data of every dataset from committed results, and commit the output.
+
+    Raises:
+        UserError: the pool was changed meanwhile.
+    """
+    (out.staging / FOLDER).mkdir(exist_ok=True)
+    rows_out, empty, plans = 0, 0, {}
+    for name in taken:
+        manifest = mf.read_manifest(out.staging / FOLDER / name)
+        rows_out, empty = rows_out + manifest.rows["out"], empty + sum(manifest.rows["dropped"].values())
+        plans[name] = json.loads((out.staging / FOLDER / name / PLAN).read_text(encoding="utf-8"))
+    for one in work:
+        units_here = [unit for unit in mine if unit.plan is one.plan]
+        routed, without = assemble(out, config, one, units_here, results)
+        rows_out, empty = rows_out + routed, empty + without
+        plans[one.source.name] = describe(one.plan, one.digest)
+        mf.read_manifest(one.source.folder)  # what was routed is what lies there
+        one.tokens.close()
+    write_json(out.staging / PLAN, summary(plans))
+    with open(out.staging / UNITS, "w", encoding="utf-8") as file:
+        for unit in sorted(mine, key=lambda unit: unit.number):
+            file.write(json.dumps(timing(unit, float(results.get(unit.number)["seconds"][0]))) + "\n")
+    parts = [f"{FOLDER}/{path.name}" for path in sorted((out.staging / FOLDER).iterdir())]
+    if config.export_legacy and config.shard.count == 1:
+        export_all(out.staging)
+    dropped = {"no_valid_token": empty}
+    out.commit(rows_in=rows_out + empty, rows_out=rows_out, dropped=dropped, bookkeeping=BOOKKEEPING, parts=parts)
 
 
-def summary(plan: Plan) -> dict[str, Any]:
-    """What `plan.json` holds; the same for every shard."""
+def assemble(
+    out: stage.Output, config: RouteConfig, one: Work, mine: Sequence[Unit], results: Results
+) -> tuple[int, int]:
+    """Write one dataset's router data, rows by id, and its manifest.
+
+    Returns:
+        Rows that were routed here, and rows without a token: the shard with the dataset's first unit counts them, and the
+        first one where there is no unit.
+    """
+    plan, known = one.plan, one.tokens.rows
+    counts = any(unit.index == 0 for unit in mine) if len(plan.order) else config.shard.index == 0
+    empty = int((known.tokens == 0).sum()) if counts else 0
+    if not mine:
+        return 0, empty
+    chosen = np.sort(np.concatenate([unit.rows for unit in mine]))
+    folder = out.staging / FOLDER / one.source.name
+    folder.mkdir()
+    wanted = np.zeros(len(known.tokens), dtype=bool)
+    wanted[chosen] = True
+    ids = [row for row, here in zip(row_ids(one.source.folder), wanted, strict=True) if here]
+    shapes = {name: a.shape[1:] for name, a in results.get(mine[0].number).items() if name in TENSORS}
+    batch = np.full(len(known.tokens), -1)
+    batch[plan.order] = np.repeat(np.arange(len(plan.starts) - 1), np.diff(plan.starts))
+    columns = {**{name: array[chosen] for name, array in vars(known).items()}, "batch": batch[chosen]}
+    ordered = sorted(mine, key=lambda unit: results.done[unit.number])
+
+    def blocks(window: range) -> Iterator[tuple[Ints, Arrays]]:
+        for unit in ordered:
+            rows = np.searchsorted(chosen, unit.rows)
+            if ((rows >= window.start) & (rows < window.stop)).any():
+                yield rows, results.get(unit.number)
+
+    write_dataset(folder, one.source.name, ids, shapes, columns, blocks)
+    write_json(folder / PLAN, describe(plan, one.digest))
+    out.part(
+        f"{FOLDER}/{one.source.name}",
+        rows_in=len(chosen) + empty,
+        rows_out=len(chosen),
+        dropped={"no_valid_token": empty},
+        config=part_config(out.roles["identity"]),
+        inputs=part_inputs(out, one.source),
+    )
+    return len(chosen), empty
+
+
+def describe(plan: Plan, digest: str) -> dict[str, Any]:
+    """What a dataset's `plan.json` holds; the same for every shard."""
     return {
-        "digest": plan.digest,
-        "batches": len(plan.batches),
-        "rows": sum(len(batch.rows) for batch in plan.batches),
+        "digest": digest,
+        "batches": len(plan.starts) - 1,
+        "rows": len(plan.order),
         "tokens": int(plan.tokens.sum()),
-        "padded_tokens": sum(batch.padded for batch in plan.batches),
+        "padded_tokens": int(plan.padded.sum()),
     }
 
 
-class Results:
-    """Results per unit, committed in groups; positions count in the order in which this shard computes."""
-
-    def __init__(self, work: Store, plan: str) -> None:
-        self.work = work
-        self.prefix = f"{plan[:16]}/"
-        self.done: dict[int, str] = {}
-        self._open: Arrays = {}
-        self._positions: list[int] = []
-        self._committed = time.monotonic()
-        self._read: tuple[str, Arrays] = ("", {})
-        for name in work.names():
-            if found := re.fullmatch(re.escape(self.prefix) + r"(\d+)-(\d+)\.safetensors", name):
-                self.done |= dict.fromkeys(range(int(found[1]), int(found[2]) + 1), name)
-
-    def add(self, position: int, arrays: Arrays) -> None:
-        """Take one unit's results; positions come in ascending order."""
-        if self._positions and position != self._positions[-1] + 1:
-            self.flush()
-        self._positions.append(position)
-        self._open |= {f"{position}/{name}": array for name, array in arrays.items()}
-        if time.monotonic() - self._committed >= COMMIT_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Commit what has been added since the last time."""
-        from safetensors.numpy import save
-
-        if self._positions:
-            name = f"{self.prefix}{self._positions[0]:08d}-{self._positions[-1]:08d}.safetensors"
-            self.work.put_bytes(name, save(self._open))
-            self.done |= dict.fromkeys(self._positions, name)
-        self._open, self._positions, self._committed = {}, [], time.monotonic()
-
-    def get(self, position: int) -> Arrays:
-        """One committed unit's results."""
-        from safetensors.numpy import load
-
-        name = self.done[position]
-        if self._read[0] != name:
-            data = self.work.get(name)
-            if data is None:
-                raise RuntimeError(f"committed work {name} has vanished from the work root: start again")
-            self._read = (name, load(data))
-        start = f"{position}/"
-        return {key.removeprefix(start): array for key, array in self._read[1].items() if key.startswith(start)}
+def summary(plans: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the `plan.json` of the whole holds."""
+    names = sorted(plans)
+    totals = {key: sum(plans[n][key] for n in names) for key in ("batches", "rows", "tokens", "padded_tokens")}
+    return {"digest": mf.digest([[n, plans[n]["digest"]] for n in names]), **totals, "datasets": plans}
 
 
-def rows_of(unit: Unit) -> list[int]:
-    """Positions of a unit's rows in the pool, in the order of its results."""
-    return [i for batch in unit for i in batch.rows]
+def timing(unit: Unit, seconds: float) -> dict[str, Any]:
+    """A line of `units.jsonl`."""
+    plan, batches = unit.plan, unit.batches
+    return {
+        "dataset": plan.dataset,
+        "batches": [batches.start, batches.stop - 1],
+        "rows": len(unit.rows),
+        "tokens": int(plan.tokens[unit.rows].sum()),
+        "padded_tokens": int(plan.padded[batches.start : batches.stop].sum()),
+        "seconds": round(seconds, 4),
+    }
 
 
-def compute(judge: Judge, plan: Plan, unit: Unit, first: bool) -> Arrays:
-    """The results of one unit's rows.
-
-    Raises:
-        UserError: it is the first, which has the largest batch, and a batch does not fit into memory.
-    """
-    from selectmoe.template import encode_many
-
-    parts = []
-    for batch in unit:
-        encoded = encode_many([plan.rows[i] for i in batch.rows], judge.tokenizer, judge.config.max_length)
-        parts.append(_read(judge, encoded, batch.length, first))
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if judge.config.ifd:
-        chosen = rows_of(unit)
-        arrays["nll_unconditional"] = judge.read_answers([plan.rows[i] for i in chosen], plan.answer_tokens[chosen])
-    return arrays
-
-
-def _read(judge: Judge, encoded: Sequence[Encoded], length: int, first: bool) -> Arrays:
-    from selectmoe.judge import fitting_rows, out_of_memory
-
-    try:
-        return judge.read(encoded, length)
-    except RuntimeError as error:
-        if not (first and out_of_memory(error)):
-            raise
-    fits = fitting_rows(judge, encoded, length)  # not in the handler, whose error holds on to the batch's memory
-    if not fits:
-        advice = "not even one row does: lower max_length"
-    elif fits * length >= judge.config.max_length:
-        advice = f"token_budget={fits * length} fits"
-    else:
-        advice = f"batch_size={fits} fits"
-    raise UserError(f"the largest batch ({len(encoded)} rows of {length} tokens) does not fit into memory; {advice}")
-
-
-def assemble(plan: Plan, mine: Sequence[Unit], results: Results) -> Iterator[RouterData]:
-    """Router data from committed results, one dataset after the other."""
-    for dataset in sorted({unit[0].dataset for unit in mine}):
-        positions = [at for at, unit in enumerate(mine) if unit[0].dataset == dataset]
-        parts = [results.get(at) for at in positions]
-        rows = [i for at in positions for i in rows_of(mine[at])]
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        absent = np.full(len(rows), np.nan)
-        answer_bytes = [sum(len(text.encode("utf-8", "surrogatepass")) for text in plan.rows[i].answers) for i in rows]
-        yield RouterData(
-            dataset=[dataset] * len(rows),
-            id=[plan.rows[i].id for i in rows],
-            tokens=plan.tokens[rows],
-            answer_tokens=plan.answer_tokens[rows],
-            truncated=plan.truncated[rows],
-            nll=arrays.get("nll", absent),
-            nll_unconditional=arrays.get("nll_unconditional", absent),
-            answer_bytes=np.array(answer_bytes, np.int64),
-            **{name: arrays[name] for name in TENSORS},
-        )
+def write_json(path: Path, value: Any) -> None:
+    """Sorted, indented JSON."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from selectmoe.resources import AcceleratorConfig
 from selectmoe.route import RouteConfig
 from selectmoe.select import SelectConfig
 from selectmoe.selection import parse_arm
+from selectmoe.sources import DatasetConfig
 from selectmoe.upcycle import UpcycleConfig
 from selectmoe.verify import VerifyConfig
 from selectmoe.warmup import WarmupConfig
@@ -55,19 +56,21 @@ CONFIGS: dict[str, type[StageConfig]] = {
 }
 """The stages of the chain in their order, with their configurations; each is a group of `RunConfig` of the same name."""
 
+DATASETS = tuple(f"dataset.{leaf.name}" for leaf in leaves(DatasetConfig) if leaf.role != "input")
+"""Keys of the rows that a stage reads without `data=`; in the chain it has that."""
 MANAGED = {
     "": ("output_dir", "work_root", "seed"),
     "convert": ("apply.gain", "apply.bias"),
     "verify": ("dtype",),
-    "route": ("shard.index", "shard.count"),
+    "route": ("shard.index", "shard.count", *DATASETS),
     "select": ("selection_percentage", "selection_rows", "selection_tokens"),
     "baseline": ("arms", "seeds", "selection_percentage", "selection_rows", "selection_tokens"),
-    "warmup": ("training.distributed", "dataset.dataset_from", "dataset.local.dataset_names"),
+    "warmup": ("training.distributed", *DATASETS),
     "finetune": ("arm", "training.distributed"),
     "evaluate": ("arm",),
 }
 """Keys of the stages that the chain sets itself: from its own keys, or task by task."""
-FREE_INPUTS = ("evaluate.include_path",)
+FREE_INPUTS = ("evaluate.include_path", "ingest.decontaminate.include_path")
 """Inputs of stages that the chain does not make, hence the user's to name."""
 
 

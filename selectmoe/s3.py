@@ -72,6 +72,7 @@ def explained(uri: str) -> Iterator[None]:
     """
     from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -80,7 +81,7 @@ def explained(uri: str) -> Iterator[None]:
         raise (_of_answer(uri, cause) if isinstance(cause, ClientError) else _of_boto(uri, error)) from None
     except ClientError as error:
         raise _of_answer(uri, error) from None
-    except BotoCoreError as error:
+    except (BotoCoreError, HTTPError) as error:  # the latter: a break in the body of an error's answer
         raise _of_boto(uri, error) from None
 
 

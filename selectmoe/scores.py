@@ -1,7 +1,8 @@
 """The score of a row: one definition per name, used everywhere, and how well a score tells good rows from bad.
 
 No command runs this module; `selectmoe select score=NAME` picks one. Higher is better for all of them; NaN means that
-the row has no such score.
+the row has no such score. What the judge or the file does not hold (`available`) cannot be asked for: a judge without gates
+gives no gate scores, the predecessor's files give `legacy` alone.
 
 | name | definition |
 |---|---|
@@ -15,6 +16,8 @@ the row has no such score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +25,15 @@ from selectmoe.errors import UserError
 from selectmoe.router_data import RouterData
 
 SCORES = ("answer", "legacy", "all", "nll", "ifd", "combined")
+NEEDS = {
+    "answer": "it needs a judge with gates; the predecessor's files do not hold it",
+    "legacy": "it needs a judge with gates",
+    "all": "it needs a judge with gates; the predecessor's files do not hold it",
+    "nll": "route with nll=true",
+    "ifd": "route with nll=true ifd=true",
+    "combined": "it needs answer, nll and ifd",
+}
+"""Where a score comes from, for those who miss it."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,11 +46,16 @@ def score(data: RouterData, name: str) -> Floats:
         name: one of `SCORES`.
 
     Returns:
-        [N] float64, higher is better, NaN where the row has none (no answer token; nll or ifd was not computed).
+        [N] float64, higher is better, NaN where the row has none (no answer token).
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or a score that no row has; the message names those that there are.
     """
+    if name not in SCORES:
+        raise UserError(f"score {name!r} is unknown; known: {', '.join(SCORES)}")
+    there = available(data)
+    if name not in there:
+        raise UserError(f"the router data have no score {name!r} ({NEEDS[name]}); they have {_listed(there)}")
     match name:
         case "answer":
             return _mean(data.good_ratio_answer.astype(np.float64))
@@ -51,9 +68,32 @@ def score(data: RouterData, name: str) -> Floats:
         case "ifd":
             base = np.where(data.nll_unconditional > 0, data.nll_unconditional, np.nan)
             return np.negative(data.nll / base)
-        case "combined":
+        case _:  # combined
             return _smallest_rank([score(data, part) for part in ("answer", "nll", "ifd")])
-    raise UserError(f"score {name!r} is unknown; known: {', '.join(SCORES)}")
+
+
+def available(data: RouterData) -> list[str]:
+    """The scores that these router data can give, in the order of `SCORES`."""
+    nll = bool(np.isfinite(data.nll).any())
+    there = {
+        "answer": bool(data.good_ratio_answer.shape[1]),
+        "legacy": bool(data.quality_score.shape[1]),
+        "all": bool(data.good_ratio.shape[1]),
+        "nll": nll,
+        "ifd": nll and bool(np.isfinite(data.nll_unconditional).any()),
+    }
+    there["combined"] = there["answer"] and there["ifd"]
+    return [name for name in SCORES if there[name]]
+
+
+def table(data: RouterData, names: Sequence[str] = SCORES) -> dict[str, Floats]:
+    """Scores by name, all NaN for one that there is not."""
+    there = available(data)
+    return {name: score(data, name) if name in there else np.full(len(data), np.nan) for name in names}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none (method=router_only needs none)"
 
 
 def _mean(values: Floats) -> Floats:

@@ -1,6 +1,7 @@
 """The commands that users of the predecessor type, in ours: what `scripts/` calls.
 
     CUDA_VISIBLE_DEVICES=0,1,2,3 bash scripts/run_stage_1.sh training.learning_rate=1e-4 tag=x
+    bash scripts/run_stage_2.sh model_checkpoint_path=.../full_rank_weights.pt       # selectmoe.seed_stage_2
 
 Keys are passed on as they are; what is added is where results lie (`output_folder`), the predecessor's defaults, one
 process per GPU, and `logs/` beside the result. Input is checked here, before torchrun is started and any GPU is taken:
@@ -15,10 +16,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from selectmoe.config import leaves
 from selectmoe.entry import enter
 from selectmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from selectmoe.sources import DatasetConfig
 
 SHORT = {
     "learning_rate": "lr",
@@ -36,7 +41,6 @@ STAGE_1 = {"recipe": "legacy", "selector_model.path": JUDGE}
 """What the predecessor's stage 1 had by default."""
 DATASETS = {"dataset.local.dataset_names": "[cot,dolly,flan_v2,oasst1]"}
 """The predecessor's datasets, where neither data= nor another folder is given."""
-LOG = "stage_1.log"
 
 
 def folder_name(overrides: Sequence[str]) -> str:
@@ -80,7 +84,7 @@ def given(overrides: Sequence[str]) -> dict[str, str]:
         UserError: one is not of the form key=value.
     """
     if wrong := [word for word in overrides if "=" not in word]:
-        raise UserError(f"{wrong[0]!r} is not of the form key=value (selectmoe warmup --help lists the keys)")
+        raise UserError(f"{wrong[0]!r} is not of the form key=value (--help lists the keys)")
     return dict(word.split("=", 1) for word in overrides)
 
 
@@ -122,53 +126,74 @@ def stage_1(overrides: Sequence[str]) -> int:
     single = config.training.distributed == "single"
     if not config.data:  # rows must be there before several processes read them
         words = [word for word in words if not word.startswith("dataset.")]
-        words += [f"training.subset_ratio={config.share}", f"data={ingest(config, overrides)}"]
+        words += [f"training.subset_ratio={config.share}", f"data={ingest(config.dataset, overrides)}"]
         config = compose("warmup", [*words, *([] if out else ["output_dir=outputs"])])
     warmup.prove(config)
     if out is None:
         out = output_folder("stage_1_warmup", overrides)
         words.append(f"output_dir={out}")
-    launcher = (
-        [] if single else ["torch.distributed.run", "--standalone", f"--nproc-per-node={max(1, processes)}", "-m"]
+    command = ["selectmoe.cli", "warmup", *words]
+    code = logged(
+        [sys.executable, "-m", *([] if single else torchrun(max(1, processes))), *command], out, "stage_1.log"
     )
-    return logged([sys.executable, "-m", *launcher, "selectmoe.cli", "warmup", *words], out)
+    if code == 0:
+        print(out)
+    return code
 
 
-def ingest(config: object, overrides: Sequence[str]) -> Path:
+def torchrun(processes: int) -> list[str]:
+    """The words between `python -m` and a module that start it as so many processes of this machine."""
+    return ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+
+
+def ingest(dataset: DatasetConfig, overrides: Sequence[str]) -> Path:
     """The pool of `dataset.*` as an output of its own, in `outputs/ingest/`."""
-    from selectmoe import ingest as stage
-    from selectmoe.config import load, values
+    from selectmoe import ingested
 
     place = output_folder("ingest", [word for word in overrides if word.startswith("dataset.")])
-    datasets = values(config.dataset, "identity", "input")  # type: ignore[attr-defined]
     try:
-        return stage.run(load(stage.IngestConfig, {"dataset": datasets, "holdout": 0}, output_dir=str(place)))
+        return ingested.make(dataset, place)
     except UserError:
         place.rmdir()
         raise
 
 
-def logged(command: Sequence[str], out: Path) -> int:
-    """Run a command; what it says goes to the screen and into `logs/`, and its result's folder to stdout."""
+def logged(command: Sequence[str], out: Path, log: str, result: Path | None = None) -> int:
+    """Run a command; what it says goes to the screen and into a file in `logs/`.
+
+    Args:
+        command: its words.
+        out: the folder with `logs/`.
+        log: the file's name.
+        result: where its result lies, which its last line says and which is not said again; default: `out`.
+
+    Returns:
+        Its exit code.
+    """
     (out / "logs").mkdir(parents=True, exist_ok=True)
     with (
-        open(out / "logs" / LOG, "a", encoding="utf-8") as log,
+        open(out / "logs" / log, "a", encoding="utf-8") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
-        print(" ".join(command), file=log, flush=True)
+        print(" ".join(command), file=file, flush=True)
         assert process.stdout is not None
         for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if line.strip() != str(out):
+            file.write(line)
+            file.flush()
+            if line.strip() != str(result or out):
                 sys.stderr.write(line)
-    if process.returncode == 0:
-        print(out)
     return process.returncode
 
 
-COMMANDS = {"stage_1": stage_1}
-SCRIPTS = {"stage_1": "run_stage_1"}
+def _stage_2(words: Sequence[str]) -> int:
+    from selectmoe.seed_stage_2 import stage_2
+
+    return stage_2(words)
+
+
+COMMANDS = {"stage_1": stage_1, "stage_2": _stage_2}
+SCRIPTS = {"stage_1": "run_stage_1", "stage_2": "run_stage_2"}
+SUCCESSORS = {"stage_1": ("warmup",), "stage_2": ("route", "select")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,8 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--help" in words:
         from selectmoe.cli import config_class
 
-        print(f"usage: bash scripts/{SCRIPTS[name]}.sh key=value ...   (successor: selectmoe warmup)")
-        print("\n".join(f"  {leaf.name}  {leaf.doc}" for leaf in leaves(config_class("warmup"))))
+        successors = " and ".join(f"selectmoe {stage}" for stage in SUCCESSORS[name])
+        print(f"usage: bash scripts/{SCRIPTS[name]}.sh key=value ...   (today: {successors})")
+        docs = {leaf.name: leaf.doc for stage in SUCCESSORS[name] for leaf in leaves(config_class(stage))}
+        print("\n".join(f"  {key}  {doc}" for key, doc in docs.items()))
         return 0
     return enter(SCRIPTS[name], lambda: COMMANDS[name](words))
 

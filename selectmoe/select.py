@@ -23,13 +23,14 @@ from selectmoe.choose_k import CRITERIA, choose_k
 from selectmoe.config import StageConfig, group, identity, input_
 from selectmoe.errors import UserError
 from selectmoe.kmeans import Clustering, Rows, spherical_kmeans
-from selectmoe.scores import SCORES, score
+from selectmoe.scores import SCORES, available, score, table
 from selectmoe.selection import (
     CLUSTERED,
     CLUSTERS,
     CONFIG,
     FILE,
     METHODS,
+    SCORED,
     Selected,
     planted_file,
     project,
@@ -215,6 +216,7 @@ def run(config: SelectConfig) -> Path:
         UserError: a setting is wrong, the inputs do not belong together, or there are fewer rows than wanted.
     """
     from selectmoe import router_data
+    from selectmoe.legacy_router_data import check_positions
     from selectmoe.pool import locate, read_pool
 
     config.validate()
@@ -225,18 +227,20 @@ def run(config: SelectConfig) -> Path:
         if out.done:
             return out.path
         data = router_data.read_router_data(routed)
-        rows = join(data, read_pool(pool))
+        pool_rows = read_pool(pool)
+        rows = join(data, pool_rows)
+        check_positions(data, pool_rows)
         features = _features(data, config.layers)
-        scores = score(data, config.score)
+        scores, scored = _scores(config, data)
         sound = np.isfinite(features).all(axis=1) & (features != 0).any(axis=1)
-        at = np.flatnonzero(sound & np.isfinite(scores))  # the candidates
+        at = np.flatnonzero(sound & scored)  # the candidates
         if not len(at):
             raise UserError(f"{config.router_data_dir}: none of {len(rows)} rows has a score {config.score!r}")
         unit = Rows(features[at])
         bad = read_planted(planted) if planted else set()
         planted_mask = np.array([(rows[i].dataset, rows[i].id) in bad for i in at])
         datasets = [rows[i].dataset for i in at]
-        picked = choose(config, unit, scores[at], data.answer_tokens[at], datasets, planted_mask)
+        picked = choose(config, unit, np.nan_to_num(scores[at]), data.answer_tokens[at], datasets, planted_mask)
         write_selected(out.staging / FILE, _selected(picked, at, rows, data))
         write_clusters(out.staging / CLUSTERS, _columns(picked, at, rows, scores, project(unit)))
         write_config(out.staging / CONFIG, _summary(config, picked, at, rows))
@@ -251,13 +255,33 @@ def run(config: SelectConfig) -> Path:
     return out.path
 
 
+def _scores(config: SelectConfig, data: RouterData) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """[N] the score, and [N] who may be chosen: rows that have it; all rows where none has, and the method reads none.
+
+    Raises:
+        UserError: the method reads what these router data do not hold.
+    """
+    if (config.method == "length" or config.selection_tokens) and (data.answer_tokens < 0).any():
+        raise UserError(
+            "method=length and selection_tokens need token counts, which the predecessor's files do not hold"
+        )
+    if config.method not in SCORED and config.score not in available(data):
+        return np.full(len(data), np.nan), np.ones(len(data), dtype=bool)
+    scores = score(data, config.score)
+    return scores, np.isfinite(scores)
+
+
 def _features(data: RouterData, layers: list[int] | None) -> npt.NDArray[np.float32]:
-    """What rows are clustered by: [rows, layers x experts], all layers or those that are named.
+    """What rows are clustered by: [rows, layers x experts], all layers or those that are named; of a dense judge [rows, H].
 
     Raises:
         UserError: a layer that the router data does not have.
     """
     probs = data.router_probs
+    if not probs.shape[1]:
+        if layers is not None:
+            raise UserError(f"layers={layers}: the judge has no routers, rows are clustered by embeddings")
+        return data.embedding
     if layers is not None:
         if max(layers) >= probs.shape[1]:
             raise UserError(f"layers={layers}: the router data has layers 0 to {probs.shape[1] - 1}")
@@ -347,12 +371,12 @@ def _across_clusters(config: SelectConfig, unit: Rows, scores: Floats, tokens: I
 
 
 def _selected(picked: Picked, at: Ints, rows: list[Row], data: RouterData) -> list[Selected]:
-    available = {name: score(data, name) for name in SCORES}
+    every = table(data)
     place = {int(row): n for n, row in enumerate(picked.clustered)}
     chosen = []
     for candidate in picked.order:
         i = int(at[candidate])
-        scores = {name: float(values[i]) for name, values in available.items() if np.isfinite(values[i])}
+        scores = {name: float(values[i]) for name, values in every.items() if np.isfinite(values[i])}
         cluster = rank = None
         if picked.clustering is not None and picked.rank is not None:
             n = place[int(candidate)]

@@ -32,6 +32,8 @@ from selectmoe.errors import UserError
 from selectmoe.storage import LocalStore, Store, open_store
 
 METRICS = "metrics.jsonl"
+RUN = "run"
+"""Entry of a part's `config`: the whole configuration of the run that made it, by which it can be made again."""
 PACKAGES = ("select-moe", "numpy", "pyarrow", "torch", "transformers", "tokenizers", "peft", "lm_eval")
 
 
@@ -141,7 +143,10 @@ class Output:
         Returns:
             The manifest.
         """
-        roles = self.roles if config is None else {**self.roles, "identity": dict(config)}
+        roles: dict[str, Any] = self.roles
+        if config is not None:
+            whole = flatten(self.roles["identity"]) | flatten(self.roles["execution"])
+            roles = {"identity": dict(config), "execution": {}, RUN: whole}
         mine = self.inputs if inputs is None else inputs
         return self._write(self.staging / name, rows_in, rows_out, dropped or {}, roles=roles, inputs=mine, parts=parts)
 
@@ -227,12 +232,22 @@ class Output:
                 continue
         return {
             "seconds": round(time.monotonic() - self._started, 3),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss(),
             "versions": versions,
             "threads": self._threads or len(os.sched_getaffinity(0)),
             "processes": distributed.world(),
             "machine": platform.machine(),
         }
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process; getrusage's number may be that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def input_entry(value: str | list[str]) -> dict[str, str]:
@@ -244,6 +259,8 @@ def input_entry(value: str | list[str]) -> dict[str, str]:
 
 
 def _entry(value: Any) -> dict[str, str]:
+    if callable(value):
+        value = value()
     if isinstance(value, dict):
         return value
     return input_entry([str(v) for v in value] if isinstance(value, list) else str(value))
@@ -267,8 +284,8 @@ def begin(
         stage: its name.
         version: of its algorithm; a change of result is a change of version.
         config: the stage's configuration.
-        inputs: name -> path, list of paths (in any order), an entry that was made before ({"uri", "identity"}), or an
-            empty value (absent).
+        inputs: name -> path, list of paths (in any order), an entry that was made before ({"uri", "identity"}), a
+            function that makes one, or an empty value (absent).
         resume: files that were kept (`Output.keep`) outlive a kill, and the output may go to ``s3://``, file by file.
 
     Yields:

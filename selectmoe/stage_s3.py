@@ -50,7 +50,7 @@ class S3Output(Output):
         """
         there = {entry.name: entry.size for entry in self.target.entries() if not entry.name.startswith(WORK)}
         if data := self.target.get(mf.NAME):
-            manifest = mf.parse_manifest(data.decode("utf-8"), f"{self.uri}/{mf.NAME}")
+            manifest = mf.parse_manifest(data, f"{self.uri}/{mf.NAME}")
             for file in manifest.files:
                 if there.get(file["path"]) != file["bytes"]:
                     raise UserError(f"{self.uri}/{file['path']} is not what its manifest lists: choose another place")

@@ -11,10 +11,15 @@ many rows go through the tokenizer in one call. A BOS token is put first where t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from selectmoe.errors import UserError
 from selectmoe.pool import ROLES, Message, Row
@@ -25,6 +30,27 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not learned."""
 
+
+class Kind(IntEnum):
+    """What a token of a row is part of."""
+
+    BOS = 0
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    """Text of the assistant and the EOS that ends it."""
+    TAG = 4
+    """Role tag and newline of a message that is not the assistant's."""
+    ANSWER_TAG = 5
+    """Those of one that is."""
+
+
+ROLE_KINDS = {
+    "system": (Kind.SYSTEM, Kind.TAG),
+    "user": (Kind.USER, Kind.TAG),
+    "assistant": (Kind.ASSISTANT, Kind.ANSWER_TAG),
+}
+"""Role -> kind of its text, kind of its tag and newline."""
 NEWLINE = "\n"
 TAGS = {role: f"<|{role}|>\n" for role in ROLES}
 
@@ -71,23 +97,40 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of plain texts: nothing added, nothing in them special."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+@dataclass(frozen=True)
+class Segments:
+    """Rows in tokens, one after the other: what masks and batches are made of. S tokens in N rows."""
+
+    input_ids: npt.NDArray[np.int32]
+    """[S]"""
+    kinds: npt.NDArray[np.uint8]
+    """[S] a `Kind` per token."""
+    lengths: npt.NDArray[np.int64]
+    """[N] tokens of each row, at most max_length."""
+    truncated: npt.NDArray[np.bool_]
+    """[N] whether tokens were cut off at max_length."""
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The tokens of plain texts, one after the other, and how many each has: nothing added, nothing in them special.
+
+    This is what the tokenizer's own call comes to, without the lists that it makes of everything.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    found = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    lengths = np.fromiter(map(len, found), np.int64, len(found))
+    ids = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(lengths.sum()))
     # A vocabulary that holds the special token's letters as a common word can still yield it from text.
     special = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-    return [tokens if special.isdisjoint(tokens) else [t for t in tokens if t not in special] for tokens in ids]
+    bad = np.isin(ids, np.fromiter(special, np.int32))
+    if bad.any():
+        owners = np.repeat(np.arange(len(found)), lengths)
+        lengths = lengths - np.bincount(owners[bad], minlength=len(found))
+        ids = ids[~bad]
+    return ids, lengths
 
 
 def _bos(tokenizer: Any) -> list[int]:
@@ -97,9 +140,9 @@ def _bos(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
-def encode_conversations(
+def encode_segments(
     conversations: Iterable[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Encoded]:
+) -> Segments:
     """Encode many rows' messages with one call of the tokenizer.
 
     Args:
@@ -113,32 +156,55 @@ def encode_conversations(
     rows = [list(messages) for messages in conversations]
     if unknown := {m["role"] for messages in rows for m in messages} - set(ROLES):
         raise ValueError(f"role {sorted(unknown)[0]!r} has no place in the template; known: {', '.join(ROLES)}")
-    fixed = _token_ids(tokenizer, [NEWLINE, *TAGS.values()])
-    newline, tags = fixed[0], dict(zip(TAGS, fixed[1:], strict=True))
-    texts = iter(_token_ids(tokenizer, [m["content"] for messages in rows for m in messages]))
-    bos, eos = _bos(tokenizer), [int(tokenizer.eos_token_id)]
-    encoded = []
+    words = [NEWLINE, *TAGS.values(), *(m["content"] for messages in rows for m in messages)]
+    ids, lengths = _token_ids(tokenizer, words)
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    newline, tags, texts = parts[0], dict(zip(TAGS, parts[1:])), iter(parts[1 + len(TAGS) :])
+    bos, eos = np.array(_bos(tokenizer), np.int32), np.array([tokenizer.eos_token_id], np.int32)
+    tokens: list[npt.NDArray[np.int32]] = []
+    kinds: list[Kind] = []
+    ends = []
     for messages in rows:
-        segments: list[tuple[list[int], str]] = [(bos, "bos")]
+        tokens.append(bos)
+        kinds.append(Kind.BOS)
         for message in messages:
             role = message["role"]
-            segments += [(tags[role], "tag"), (next(texts), role)]
-            if role == "assistant":
-                segments.append((eos, role))
-            segments.append((newline, "tag"))
-        encoded.append(_join(segments, max_length))
+            text, tag = ROLE_KINDS[role]
+            tokens += (
+                (tags[role], next(texts), eos, newline) if role == "assistant" else (tags[role], next(texts), newline)
+            )
+            kinds += (tag, text, text, tag) if role == "assistant" else (tag, text, tag)
+        ends.append(len(tokens))
+    sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    whole = np.diff(np.append(0, np.cumsum(sizes))[[0, *ends]])
+    return _cut_off(np.concatenate(tokens or [bos]), np.repeat(np.array(kinds, np.uint8), sizes), whole, max_length)
+
+
+def _cut_off(
+    ids: npt.NDArray[np.int32], kinds: npt.NDArray[np.uint8], whole: npt.NDArray[np.int64], max_length: int
+) -> Segments:
+    """Rows of these lengths, each with its first `max_length` tokens."""
+    truncated = whole > max_length
+    if truncated.any():
+        kept = np.arange(len(ids)) - np.repeat(np.cumsum(whole) - whole, whole) < max_length
+        ids, kinds = ids[kept], kinds[kept]
+    return Segments(ids, kinds, np.minimum(whole, max_length), truncated)
+
+
+def encode_conversations(
+    conversations: Iterable[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded]:
+    """`encode_segments`, row by row as lists."""
+    found = encode_segments(conversations, tokenizer, max_length)
+    answer, user = found.kinds == Kind.ASSISTANT, found.kinds == Kind.USER
+    tag = np.isin(found.kinds, (Kind.TAG, Kind.ANSWER_TAG))
+    encoded, start = [], 0
+    for length, truncated in zip(found.lengths.tolist(), found.truncated.tolist()):
+        here = slice(start, start + length)
+        ids, *masks = (array[here].tolist() for array in (found.input_ids, answer, user, tag))
+        encoded.append(Encoded(ids, masks[0], masks[1], masks[2], truncated))
+        start += length
     return encoded
-
-
-def _join(segments: list[tuple[list[int], str]], max_length: int) -> Encoded:
-    ids: list[int] = []
-    masks: dict[str, list[bool]] = {"assistant": [], "user": [], "tag": []}
-    for tokens, kind in segments:
-        ids += tokens
-        for name, mask in masks.items():
-            mask += [name == kind] * len(tokens)
-    answer, user, tag = (mask[:max_length] for mask in masks.values())
-    return Encoded(ids[:max_length], answer, user, tag, len(ids) > max_length)
 
 
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selectmoe import allowed_code, distributed, ingest, pool, stage
+from selectmoe import allowed_code, distributed, ingested, pool, stage
 from selectmoe.allowed_code import names_code
-from selectmoe.config import StageConfig, execution, group, identity, input_, load, values
+from selectmoe.config import StageConfig, execution, group, identity, input_
 from selectmoe.corruption import CORRUPTIONS, check_kinds
 from selectmoe.errors import UserError
-from selectmoe.ingest import DatasetConfig
 from selectmoe.loss_parameters import check_loss
 from selectmoe.schedule import SCHEDULERS
+from selectmoe.sources import DatasetConfig
 
 STAGE = "warmup"
 VERSION = 3
@@ -189,8 +189,7 @@ class WarmupConfig(StageConfig):
         for name, reader in unread.items():
             if getattr(t, name) != getattr(default, name):
                 raise UserError(f"training.{name} is read with {reader} only: leave it out, or give that")
-        if self.data and self.dataset != DatasetConfig():
-            raise UserError("dataset.* is read without data= only: leave out one of them")
+        ingested.check(self)
         if names_code(self.loss) and t.quality_loss_params:
             raise UserError(f"training.quality_loss_params is not read: the loss is {self.loss}")
         code = [name for name in (self.loss, self.selector_model.trash_expert) if names_code(name)]
@@ -246,19 +245,6 @@ def drawn(rows: list[pool.Row], wanted: int, salt: str) -> list[pool.Row]:
     return sorted(sorted(rows, key=place)[:wanted], key=lambda row: row.key)
 
 
-def ingested(config: WarmupConfig) -> str:
-    """The pool of `dataset.*`, made below the output's work: it is gone when the training is done.
-
-    Raises:
-        UserError: there are no such rows, or several processes would each make it.
-    """
-    if distributed.world() > 1:
-        raise UserError("several processes need data=: run `selectmoe ingest dataset.*` first and give its output_dir")
-    place = str(Path(config.output_dir) / ".work" / "ingest")
-    datasets = values(config.dataset, "identity", "input")
-    return str(ingest.run(load(ingest.IngestConfig, {"dataset": datasets, "holdout": 0}, output_dir=place)))
-
-
 def prove(config: WarmupConfig) -> dict[str, Any]:
     """Check all that can be checked without the model's weights.
 
@@ -273,7 +259,7 @@ def prove(config: WarmupConfig) -> dict[str, Any]:
 
     t = config.training
     allowed_code.allow(config.allow_code)
-    where = str(pool.locate(config.data or ingested(config)))
+    where = str(pool.locate(ingested.pool_of(config)))
     held = str(pool.locate(config.holdout, "holdout")) if config.holdout else ""
     key, advice = "selector_model.path", "make one with `selectmoe convert`"
     source = resolve(config.selector_model.path, ("select_moe",), key, advice)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from selectmoe import convert, ingest, pretrain
 from selectmoe.config import load
-from selectmoe.manifest import write_manifest
-from selectmoe.pool import Row, write_pool
-from selectmoe.router_data import RouterData, write_router_data
+from selectmoe.pool import Row
+from selectmoe.router_data import RouterData
+from tests.pools import make_pool, make_router_data
 
 WORDS = [
     "river",
@@ -29,13 +28,6 @@ WORDS = [
     "harbour",
     "winter",
 ]
-
-
-def finish(directory: Path, name: str) -> None:
-    """Give a folder the manifest of a finished output."""
-    rows = {"in": 0, "out": 0, "dropped": {}}
-    roles: dict[str, Any] = {"identity": {}, "execution": {}}
-    write_manifest(directory, stage=name, version=1, config=roles, inputs={}, rows=rows, environment={}, created="")
 
 
 @pytest.fixture
@@ -59,12 +51,8 @@ def routed_world(tmp_path: Path) -> dict[str, str]:
         good_ratio_answer=ratio,
         router_probs=rng.dirichlet(np.ones(4), size=(n, 2)).astype(np.float32),
     )
-    (tmp_path / "pool").mkdir()
-    write_pool(tmp_path / "pool", [Row(d, i, [{"role": "assistant", "content": d + i}]) for d, i in keys])
-    finish(tmp_path / "pool", "ingest")
-    (tmp_path / "router").mkdir()
-    write_router_data(tmp_path / "router", data)
-    finish(tmp_path / "router", "route")
+    make_pool(tmp_path / "pool", [Row(d, i, [{"role": "assistant", "content": d + i}]) for d, i in keys])
+    make_router_data(tmp_path / "router", data)
     lines = [json.dumps({"dataset": d, "id": i, "kind": "swapped"}) + "\n" for d, i in keys[::3]]
     (tmp_path / "planted.jsonl").write_text("".join(lines))
     return {"router_data_dir": str(tmp_path / "router"), "data": str(tmp_path / "pool")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def read(
         raise UserError(f"row {empty[0]} has no answer token among its first {max_length}: no judge could score it")
     pairs.sort(key=lambda p: (-len(p[1]), p[0].key))
     store = LocalStore(folder)
-    batches = [pairs[part.start : part.stop] for part in cut([len(e) for _, e in pairs], budget)]
+    batches = [pairs[a:b] for a, b in pairwise(cut([len(e) for _, e in pairs], budget).tolist())]
     todo = [n for n in range(len(batches)) if not (folder / f"{n:04d}.json").is_file()]
     folder.mkdir(parents=True, exist_ok=True)
     for n in progress(todo, f"hidden states {folder.name}", unit="batch"):

@@ -20,6 +20,7 @@ from k8s.kind import COMMANDS
 from pipelines.submit import FLAGS, Options
 from selectmoe.cli import STAGES, TOOLS, config_class
 from selectmoe.config import leaves
+from selectmoe.seed_stage_2 import split
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,17 +69,21 @@ def check_names(words: list[str]) -> None:
             check_names(words[words.index("selectmoe") :])
     elif words[0].endswith("selectmoe"):
         assert words[1] in {**STAGES, **TOOLS}
-        check_keys(words[1], words[2:])
+        check_keys(words[1], [word for word in words[2:] if words[1] != "inspect" or "=" in word])
     elif words[0] == "torchrun":
         at = words.index("selectmoe.cli")
         assert words[at - 1] == "-m"
-        assert words[at + 1] in ("warmup", "finetune")
+        assert words[at + 1] in ("warmup", "route", "finetune")
         check_keys(words[at + 1], words[at + 2 :])
     elif words[:4] == ["python", "-m", "pipelines", "submit"]:
         check_submitted(words[4:])
     elif words[:2] == ["bash", "scripts/run_stage_1.sh"]:
         assert (ROOT / words[1]).exists()
         check_keys("warmup", [word for word in words[2:] if not word.startswith("tag=")])
+    elif words[:2] == ["bash", "scripts/run_stage_2.sh"]:
+        assert (ROOT / words[1]).exists()
+        for chosen in (split(words[2:]).route, split(words[2:]).select or {}):
+            check_keys("route" if "model_checkpoint_path" in chosen else "select", [f"{key}=" for key in chosen])
     elif words[0] in FOREIGN:
         for word in words[1:]:
             if word.startswith(("helm/", "k8s/")):

@@ -444,6 +444,13 @@ RUNS = [
     Bad("credential as a key", {"aws_secret_access_key": "x"}, ("credential", "environment")),
     Bad("unknown task", {"evaluate.tasks": "[no_such_task]"}, ("'no_such_task'", "include_path=")),
     Bad("tasks that are not there", {"evaluate.include_path": "absent"}, ("evaluate.include_path=absent",)),
+    Bad("unknown task to clear of", {"ingest.decontaminate.tasks": "[no_such_task]"}, ("'no_such_task'", "lm-eval")),
+    Bad(
+        "tasks to clear of that are not there",
+        {"ingest.decontaminate.tasks": "[mine]", "ingest.decontaminate.include_path": "absent"},
+        ("decontaminate.include_path=absent",),
+    ),
+    Bad("threshold out of its range", {"ingest.near_duplicates.threshold": "2"}, ("near_duplicates.threshold=2",)),
 ]
 
 PLACES = [
@@ -557,6 +564,30 @@ def test_a_set_up_that_works(site: Site, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     assert cli.main(["check", *words_of(site, tmp_path, changes, {"shards": "3"})]) == 0
     assert json.loads((tmp_path / "out" / "check.json").read_text())["shards"] == 3, "never an old answer"
+
+
+def test_data_on_s3_are_read_where_they_lie(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Here(site, tmp_path, monkeypatch).s3()
+    (site.root / "s3/bucket/rows").mkdir()
+    shutil.copy(site.root / "data.jsonl", site.root / "s3/bucket/rows/data.jsonl")
+    there = planned(site, tmp_path, data="s3://bucket/rows/data.jsonl")
+    assert there.digests["pool"] == planned(site, tmp_path).digests["pool"]
+    assert not [path for path in cache.root().rglob("*") if path.name.endswith(".jsonl")], "no copy is kept"
+
+
+def test_the_tasks_that_a_pool_is_cleared_of_are_part_of_the_plan(site: Site, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    data = write_rows(
+        tasks / "mine.jsonl", [{"q": row(3)["messages"][0]["content"] + " of eight words or some more", "a": "x"}]
+    )
+    (tasks / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: a\nmetric_list:\n  - metric: exact_match\n"
+    )
+    given = {"ingest.decontaminate.tasks": "[mine]", "ingest.decontaminate.include_path": str(tasks)}
+    found = planned(site, tmp_path, **given).stages["ingest"]["decontaminate"]
+    assert found["include_path"] == str(tasks)
+    assert found["include_digest"] == manifest.tree_identity(tasks)
 
 
 def test_mlflow_is_not_asked_where_it_is_not_required(

@@ -2,10 +2,14 @@
 
 import os
 
+import hypothesis
 import pytest
 from s3_faults import Proxy
 
 from tests.serving import S3Server
+
+hypothesis.settings.register_profile("any speed", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("any speed")
 
 # Every test process takes its own share of the cores: two of two threads each would wait for each other. Not so in the
 # integration tests, whose many short processes the system places better.

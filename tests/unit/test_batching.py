@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectmoe.batching import BUSY_TOKENS, UNIT_BATCHES, Batch, cut, plan_batches, plan_digest, share, units
+from selectmoe.batching import BUSY_TOKENS, PADDING, UNIT_BATCHES, Plan, cut, make_plan, share, units
 
 Lengths = st.lists(st.integers(0, 300), max_size=60)
 
 
-def keys_of(n: int) -> list[tuple[str, str]]:
-    return [(f"d{i % 3}", f"r{i:03d}") for i in range(n)]
+def workload(rows: int) -> np.ndarray:
+    """The lengths of the benchmarks."""
+    return np.clip(np.exp(np.random.default_rng(0).normal(4.6, 0.8, rows)), 8, 1024).astype(int)
+
+
+def plan(name: str, lengths: list[int], second_pass: list[int] | None = None) -> Plan:
+    return make_plan(name, lengths, 500, second_pass=second_pass)
 
 
 @given(Lengths, st.integers(300, 3000), st.one_of(st.none(), st.integers(1, 9)))
@@ -22,66 +26,65 @@ def keys_of(n: int) -> list[tuple[str, str]]:
 def test_every_row_with_a_token_is_in_exactly_one_batch_within_budget(
     lengths: list[int], budget: int, batch_size: int | None
 ) -> None:
-    plan = plan_batches(keys_of(len(lengths)), lengths, budget, batch_size)
-    planned = [i for batch in plan for i in batch.rows]
-    assert sorted(planned) == [i for i, n in enumerate(lengths) if n]
-    for batch in plan:
-        assert batch.padded <= budget
-        assert batch.length == max(lengths[i] for i in batch.rows)
-        assert batch_size is None or len(batch.rows) <= batch_size
-        assert {f"d{i % 3}" for i in batch.rows} == {batch.dataset}
-
-
-def test_the_plan_does_not_depend_on_the_order_of_the_rows() -> None:
-    rng = random.Random(0)
-    rows = [(key, rng.randint(1, 50)) for key in keys_of(100)]
-    digests = set()
-    for _ in range(3):
-        rng.shuffle(rows)
-        keys = [key for key, _ in rows]
-        digests.add(plan_digest(keys, plan_batches(keys, [n for _, n in rows], 200)))
-    assert len(digests) == 1
-    keys = [key for key, _ in rows]
-    assert plan_digest(keys, plan_batches(keys, [n for _, n in rows], 400)) not in digests
-
-
-def test_a_dataset_s_batches_do_not_depend_on_other_datasets() -> None:
-    keys, lengths = keys_of(90), [10 + i % 40 for i in range(90)]
-    alone = [i for i, key in enumerate(keys) if key[0] == "d1"]
-    few = [keys[i] for i in alone]
-    whole = [[keys[i] for i in b.rows] for b in plan_batches(keys, lengths, 300) if b.dataset == "d1"]
-    part = [[few[i] for i in b.rows] for b in plan_batches(few, [lengths[i] for i in alone], 300)]
-    assert whole == part
+    found = make_plan("d", lengths, budget, batch_size)
+    batches = [found.rows(b).tolist() for b in range(len(found.starts) - 1)]
+    assert sorted(i for rows in batches for i in rows) == [i for i, n in enumerate(lengths) if n]
+    assert found.padded.tolist() == [len(rows) * max(lengths[i] for i in rows) for rows in batches]
+    assert all(size <= budget for size in found.padded)
+    assert batch_size is None or all(len(rows) <= batch_size for rows in batches)
+    keys = [(-lengths[i], i) for i in found.order]
+    assert keys == sorted(keys)
 
 
 @given(Lengths)
 @settings(max_examples=60, deadline=None)
-def test_shards_share_the_plan_and_begin_with_their_largest_batch(lengths: list[int]) -> None:
-    plan = plan_batches(keys_of(len(lengths)), lengths, 500)
-    for pieces in (units(plan), units(plan, lengths)):
-        for count in (1, 2, 3, 7, len(plan) + 2):
-            shards = [share(pieces, index, count) for index in range(count)]
-            taken = [unit for shard in shards for unit in shard]
-            assert sorted(taken, key=lambda unit: unit[0].rows) == sorted(pieces, key=lambda unit: unit[0].rows)
+def test_hardly_anything_that_is_computed_is_padding(lengths: list[int]) -> None:
+    found = make_plan("d", lengths, 16_384)
+    assert found.padded.sum() <= (1 + PADDING) * sum(lengths)
+
+
+@pytest.mark.parametrize("rows", [60, 300, 5_000, 20_000])
+def test_padding_is_at_most_two_per_cent_and_batches_are_no_smaller_than_they_must_be(rows: int) -> None:
+    lengths = workload(rows)
+    found = make_plan("d", lengths, 16_384)
+    assert found.padded.sum() <= 1.02 * lengths.sum()
+    fewest = -(-lengths.sum() // 16_384)
+    assert len(found.starts) - 1 <= fewest + {60: 20, 300: 60, 5_000: 60, 20_000: 120}[rows]
+
+
+def test_the_cheapest_cut_is_taken() -> None:
+    lengths = sorted([90, 90, 89, 40, 39, 38, 38, 5], reverse=True)
+    assert cut(lengths, 10_000).tolist() == [0, 3, 7, 8]  # fewer batches would pad more than 2 % of 429 tokens
+    assert cut([50, 20, 20], 40).tolist() == [0, 1, 3]  # a row longer than the budget is alone
+    assert cut([], 40).tolist() == [0]
+
+
+@given(Lengths, Lengths)
+@settings(max_examples=60, deadline=None)
+def test_shards_share_the_plan_and_begin_with_their_largest_batch(a: list[int], b: list[int]) -> None:
+    for twice in (False, True):
+        plans = [plan("a", a, a if twice else None), plan("b", b, b if twice else None)]
+        whole = list(units(plans))
+        assert [unit.number for unit in whole] == list(range(len(whole)))
+        for count in (1, 2, 3, 7, len(whole) + 2):
+            shards = [share(plans, index, count) for index in range(count)]
+            assert sorted(u.number for shard in shards for u in shard) == [u.number for u in whole]
             for shard in filter(None, shards):
-                assert max(b.padded for b in shard[0]) == max(b.padded for unit in shard for b in unit)
+                sizes = [max(u.plan.padded[u.batches.start : u.batches.stop]) for u in shard]
+                assert sizes[0] == max(sizes)
+
+
+def test_units_hold_the_rows_of_their_batches() -> None:
+    one = plan("a", [7, 0, 9, 9, 3, 200, 150, 1])
+    rows = [row for unit in units([one]) for row in unit.rows.tolist()]
+    assert rows == one.order.tolist()
 
 
 def test_a_unit_gives_the_second_pass_enough_tokens() -> None:
-    plan = [Batch("a", (0,), 9), Batch("a", (1,), 9), Batch("a", (2,), 9), Batch("b", (3,), 9), Batch("b", (4,), 9)]
-    assert units(plan) == [(batch,) for batch in plan]
-    assert units(plan, [BUSY_TOKENS, 1, BUSY_TOKENS, 1, 1]) == [(plan[0],), (plan[1], plan[2]), (plan[3], plan[4])]
-    assert [len(unit) for unit in units(plan[:1] * 9, [0])] == [UNIT_BATCHES, UNIT_BATCHES, 1]
-
-
-def test_little_of_what_is_computed_is_padding() -> None:
-    """The workload `lengths`: even a dataset of 100 rows, which would fit into two batches, wastes at most a tenth."""
-    rng = np.random.default_rng(0)
-    for n, bound in ((100, 1.1), (1000, 1.06), (20_000, 1.02)):
-        lengths = np.sort(np.clip(np.exp(rng.normal(4.6, 0.8, n)), 8, 1024).astype(int))[::-1].tolist()
-        padded = sum(len(part) * lengths[part.start] for part in cut(lengths, 16_384))
-        assert padded / sum(lengths) <= bound
-
-
-def test_a_row_longer_than_the_budget_gets_a_batch_to_itself() -> None:
-    assert [list(part) for part in cut([50, 20, 20], 40)] == [[0], [1, 2]]
+    lengths = [400, 300, 200, 100, 50]  # every row is a batch by itself: none is within 2 % of another
+    each = plan("a", lengths)
+    assert np.diff(each.starts).tolist() == [1] * 5
+    assert each.unit_starts.tolist() == [0, 1, 2, 3, 4, 5]
+    assert plan("a", lengths, [BUSY_TOKENS, 1, BUSY_TOKENS, 1, 1]).unit_starts.tolist() == [0, 1, 3, 5]
+    many = plan("a", [400 - 20 * i for i in range(9)], [0] * 9)
+    assert np.diff(many.unit_starts).tolist() == [UNIT_BATCHES, UNIT_BATCHES, 1]

@@ -7,7 +7,7 @@ from selectmoe.estimate import Model, Pool, describe, estimate, judge_of
 
 DENSE = {"hidden_size": 100, "intermediate_size": 300, "num_hidden_layers": 10}
 LLAMA = Model(1_900_000, 3_800_000, DENSE)
-POOL = Pool(rows=1000, text=400_000, answers=200_000)
+POOL = Pool(rows=1000, text=400_000, answers=200_000, held=100)
 
 
 def config(**words):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from selectmoe import formats
 from selectmoe.errors import UserError
-from selectmoe.formats import FormatError, kind_of, own_id, read_records, stem_of, to_messages
+from selectmoe.formats import FormatError, format_of, own_dataset, own_id, schema, to_messages
+from selectmoe.pool import Message
 
 ROW = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SYSTEM = {"role": "system", "content": "Be kind"}
+
+
+def convert(record: Any, wanted: str = "") -> list[Message]:
+    return to_messages(record, format_of(record, schema(wanted, "schema") if wanted else None))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ SYSTEM = {"role": "system", "content": "Be kind"}
     ],
 )  # fmt: skip
 def test_every_format_becomes_messages(record: dict[str, Any], messages: list[dict[str, str]]) -> None:
-    assert to_messages(record) == messages
+    assert convert(record) == messages
 
 
 @pytest.mark.parametrize(
@@ -53,17 +52,17 @@ def test_every_format_becomes_messages(record: dict[str, Any], messages: list[di
 )
 def test_what_is_no_row_has_a_reason(record: Any, reason: str) -> None:
     with pytest.raises(FormatError, match=reason):
-        to_messages(record)
+        convert(record)
 
 
 def test_spec7_29_tool_turns_reject_the_row_and_are_never_dropped() -> None:
     for turn in ({"role": "tool", "content": "42"}, {"role": ["user"], "content": "x"}):
         with pytest.raises(FormatError, match="message 3 has the role"):
-            to_messages({"messages": [*ROW, turn]})
+            convert({"messages": [*ROW, turn]})
     with pytest.raises(FormatError, match="message 2 calls a tool"):
-        to_messages({"messages": [ROW[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]})
+        convert({"messages": [ROW[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]})
     with pytest.raises(FormatError, match="role 'function'"):
-        to_messages({"conversations": [{"from": "function", "value": "x"}]})
+        convert({"conversations": [{"from": "function", "value": "x"}]})
 
 
 def test_ids_are_the_sources_own_where_it_has_any() -> None:
@@ -74,69 +73,62 @@ def test_ids_are_the_sources_own_where_it_has_any() -> None:
         own_id({"id": "a\nb"})
 
 
-def lines(path: Path) -> list[tuple[int, Any, str]]:
-    return [(r.line, r.value, r.error) for r in read_records(path)]
+def test_a_schema_wins_over_the_keys_that_are_found() -> None:
+    both = {"prompt": "Hi", "completion": "Hello", "instruction": "No", "output": "no"}
+    assert convert(both) == [{"role": "user", "content": "No"}, {"role": "assistant", "content": "no"}]
+    assert convert(both, "prompt/completion") == ROW
+    assert convert({"question": "Hi", "answer": "Hello"}, "question/answer") == ROW
+    with pytest.raises(
+        FormatError, match=r"has the keys \['answer'\]; the schema question/answer needs question, answer"
+    ):
+        convert({"answer": "Hello"}, "question/answer")
+    with pytest.raises(
+        UserError, match=r"schema=csv is unknown; known: messages, .* or two keys as in question/answer"
+    ):
+        schema("csv", "schema")
 
 
-def test_spec7_28_one_bad_line_never_loses_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n{"a": NaN}\n\xff\xfe\n{"a": "\xc3\xa9"}\r\n{"a": 3}')
-    found = lines(path)
-    assert [(n, v) for n, v, error in found if not error] == [(1, {"a": 1}), (6, {"a": "é"}), (7, {"a": 3})]
-    assert [(n, error.split(" (")[0]) for n, _, error in found if error] == [
-        (3, "not JSON"),
-        (4, "not JSON"),
-        (5, "not UTF-8"),
-    ]
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": ROW, "system": "Be kind"},
+        {"messages": [SYSTEM, *ROW], "system_prompt": "Be kind"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system_prompt": "Be kind"},
+        {"instruction": "Hi", "output": "Hello", "system": "Be kind"},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_beside_the_messages_is_kept(record: dict[str, Any]) -> None:
+    assert convert(record) == [SYSTEM, *ROW]
 
 
-def test_a_file_that_is_not_json_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("hello\nworld\n")
-    with pytest.raises(UserError, match=r"a\.jsonl is not JSON: none of its 2 lines"):
-        lines(path)
-    for name in ("b.json", "c.json"):
-        (tmp_path / name).write_text("[{}, " if name == "b.json" else "<html>")
-        with pytest.raises(UserError, match="is not JSON"):
-            lines(tmp_path / name)
+def test_nothing_that_was_said_is_left_out_in_silence() -> None:
+    for record, reason in [
+        ({"messages": [SYSTEM, *ROW], "system": "Be rude"}, "not the system prompt that the messages begin with"),
+        ({"messages": ROW, "system": 7}, "system is not a text"),
+        ({"instruction": "Sum", "input": 0, "output": "0"}, "input is not a text"),
+        ({"instruction": "Sum", "input": ["1"], "output": "0"}, "input is not a text"),
+    ]:
+        with pytest.raises(FormatError, match=reason):
+            convert(record)
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}]', '[\n {"a": 1},\n {"a": 2}\n]\n', '{"a": 1}\n{"a": 2}\n'])
-def test_json_files_hold_a_list_or_lines(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    assert lines(tmp_path / "a.json") == [(1, {"a": 1}, ""), (2, {"a": 2}, "")]
-
-
-def test_compressed_files_and_parquet(tmp_path: Path) -> None:
-    text = "".join(json.dumps({"a": i}) + "\n" for i in range(3))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    with pa.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as file:
-        file.write(text.encode())
-    pq.write_table(pa.Table.from_pylist([{"a": i, "b": None} for i in range(3)]), tmp_path / "a.parquet")
-    wanted = [(i + 1, {"a": i}, "") for i in range(3)]
-    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
-        assert lines(tmp_path / name) == wanted
-        assert stem_of(tmp_path / name) == "a"
-    assert kind_of(Path("x.csv")) == kind_of(Path("x.gz")) == kind_of(Path("x.parquet.gz")) == ""
-
-
-def test_damaged_files_are_the_users_mistake(tmp_path: Path) -> None:
-    packed = gzip.compress(b'{"a": 1}\n' * 1000)
-    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    (tmp_path / "b.jsonl.gz").write_bytes(b"not packed")
-    (tmp_path / "c.jsonl.zst").write_bytes(b"not packed")
-    (tmp_path / "d.parquet").write_bytes(b"not a table")
-    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
-        with pytest.raises(UserError, match=name):
-            lines(tmp_path / name)
-
-
-def test_long_lines_and_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_LINE", 100)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"a": "x" * 350}) + '\n{"a": 1}\n')
-    found = lines(tmp_path / "a.jsonl")
-    assert found[0][2].startswith("line longer than")
-    assert found[1:] == [(2, {"a": 1}, "")]
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000))
-    with pytest.raises(UserError, match="more than 200 times"):
-        lines(tmp_path / "b.jsonl.gz")
+def test_reasons_stay_short_and_their_kinds_few() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for record in (
+        {"messages": [{"role": "x" * 10**6, "content": ""}]},
+        {"messages": [{"role": deep, "content": ""}]},
+        {"x" * 10**6: 1},
+        {"messages": ROW, "id": "x" * 10**6},
+        {"messages": [{"role": "user", "content": deep}]},
+    ):
+        with pytest.raises(FormatError) as error:
+            own_id(record) if "id" in record else convert(record)
+        assert len(str(error.value)) < 300
+        assert len(error.value.kind) < 30
+    for name in (deep, 7, None, "../x", "x" * 65, ".x", ""):
+        with pytest.raises(FormatError, match="cannot be a dataset's name"):
+            own_dataset({"dataset": name}, "a")
+    assert own_dataset({"dataset": "b"}, "a") == "b"
+    assert own_dataset({}, "a") == "a"

@@ -40,7 +40,7 @@ def test_components_know_no_pipeline_and_import_little():
             assert imported(path, top_only=True) <= set(sys.stdlib_module_names) | {"kfp"}, path
 
 
-@pytest.mark.parametrize("stage", ["run", "report", "route", "finetune", "warmup"])
+@pytest.mark.parametrize("stage", ["run", "report", "route", "merge", "select", "inspect", "finetune", "warmup"])
 def test_configurations_need_no_heavy_import(stage):
     code = (
         f"import selectmoe.{stage}, sys; "

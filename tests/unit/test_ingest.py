@@ -12,7 +12,7 @@ import pytest
 
 from selectmoe.config import load
 from selectmoe.errors import UserError
-from selectmoe.ingest import IngestConfig, assign_ids, holdout_size, run
+from selectmoe.ingest import IngestConfig, run
 from selectmoe.manifest import read_manifest
 from selectmoe.pool import Row, content_hash, content_id, locate, read_pool
 
@@ -63,25 +63,26 @@ def test_spec7_26_ids_are_exact_and_never_positions(tmp_path: Path) -> None:
     random.Random(0).shuffle(records)
     other = ingest(tmp_path, write(tmp_path / "y" / "x.jsonl", records[:30] + ["", *records[30:]]), "b", holdout=0)
     assert read_pool(locate(other)) == first
-    assert (other / "pool/x.parquet").read_bytes() == (tmp_path / "a/pool/x.parquet").read_bytes()
+    assert (other / "pool/x/00000.parquet").read_bytes() == (tmp_path / "a/pool/x/00000.parquet").read_bytes()
     for row in first:
         number = int(row.messages[0]["content"].split()[1])
         assert row.messages == record(number)["messages"]
         assert row.id == (f"own_{number}" if number >= 40 else content_id("x", row.messages))
 
 
-def test_spec7_27_rows_with_one_id_are_all_kept() -> None:
+def test_spec7_27_rows_with_one_id_are_all_kept(tmp_path: Path) -> None:
     a, b = record(1)["messages"], record(2)["messages"]
-    rows = assign_ids([("x", "7", b), ("x", "7", a), ("x", "7-2", a), ("x", "", a), ("x", "", a), ("y", "7", a)])
+    given = [("x", "7", b), ("x", "7", a), ("x", "7-2", a), ("x", "", a), ("x", "", a), ("y", "7", a)]
+    lines = [{"dataset": d, "messages": m} | ({"id": i} if i else {}) for d, i, m in given]
+    rows = read_pool(locate(ingest(tmp_path, write(tmp_path / "x.jsonl", lines), holdout=0)))
     low, high = sorted([a, b], key=content_hash)
     made = {row.key: row.messages for row in rows}
-    assert len(made) == 6
+    assert len(made) == len(rows) == 6
     assert made["x", "7"] == low
     assert made["x", "7-3"] == high, "7-2 was another row's own"
     assert made["x", content_id("x", a)] == made["x", content_id("x", a) + "-2"] == a
-    assert rows == assign_ids(
-        [("y", "7", a), ("x", "", a), ("x", "7", a), ("x", "", a), ("x", "7-2", a), ("x", "7", b)]
-    )
+    again = ingest(tmp_path, write(tmp_path / "2" / "x.jsonl", lines[::-1]), "again", holdout=0)
+    assert read_pool(locate(again)) == rows
 
 
 def test_exact_duplicates_of_the_holdout_leave_the_pool_with_a_reason(tmp_path: Path) -> None:
@@ -94,17 +95,6 @@ def test_exact_duplicates_of_the_holdout_leave_the_pool_with_a_reason(tmp_path: 
     assert len(pool) == 45
     assert read_manifest(out).rows["dropped"] == {"exact duplicate of a row of the holdout": 10}
     assert len(jsonl(out / "rejected.jsonl")) == 10
-
-
-def test_the_size_of_the_holdout() -> None:
-    assert holdout_size(None, 100) == 20
-    assert holdout_size(None, 5_000) == 200
-    assert holdout_size(None, 50_000) == 1000
-    assert holdout_size(0.1, 50) == 5
-    assert holdout_size(30, 50) == 30
-    assert holdout_size(0, 50) == 0
-    with pytest.raises(UserError, match="would take all"):
-        holdout_size(50, 50)
 
 
 def test_spec7_28_bad_rows_are_kept_with_place_and_reason(tmp_path: Path) -> None:
@@ -135,7 +125,7 @@ def test_spec7_28_too_many_bad_rows_are_an_error_with_the_first_ten(tmp_path: Pa
             "dataset 'flan' is not in .*; there are: cot, empty",
         ),
         ({"dataset": {"local": {"dataset_names": ["empty"]}}}, "holds no .jsonl"),
-        ({"dataset": {"dataset_from": "hf"}}, "dataset_from=hf is unknown"),
+        ({"dataset": {"dataset_from": "hub"}}, "dataset_from=hub is unknown"),
         ({"holdout": -1}, "holdout"),
         ({"holdout": 2.5}, "holdout"),
         ({"max_rejected": 2}, "max_rejected"),
@@ -220,7 +210,7 @@ def test_planting_is_repeatable_and_seeded(tmp_path: Path) -> None:
 
 def test_a_pool_that_cannot_be_planted_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": f"Say {n}", "completion": "x"} for n in range(10)])
-    with pytest.raises(UserError, match=r"plant.share=0.35 needs 4 copies .truncated.; the pool gives 0"):
+    with pytest.raises(UserError, match=r"plant.share=0.35 needs 4 copies .truncated. in x; its rows give 0"):
         ingest(tmp_path, path, plant={"share": 0.35, "kinds": ["truncated"]})
 
 

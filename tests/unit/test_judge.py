@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from selectmoe.judge import HEAD_POSITIONS, answer_end, answer_nll, clip, out_of_memory, pool_outputs
-from selectmoe.template import Encoded
+from selectmoe.judge import (
+    HEAD_POSITIONS,
+    Arrays,
+    answer_nll,
+    answers_only,
+    out_of_memory,
+    pool_probs,
+    pool_scores,
+    weighted_mean,
+)
+from selectmoe.template import Kind
 
 B, T, L, E = 3, 7, 2, 5
 
@@ -18,6 +27,15 @@ def outputs(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], torc
     mask = torch.arange(T) < torch.tensor([[7], [4], [1]])
     answer = mask & (torch.arange(T) >= torch.tensor([[3], [2], [5]]))
     return scores, logits, mask, answer
+
+
+def pool_outputs(
+    scores: list[torch.Tensor], logits: list[torch.Tensor], mask: torch.Tensor, answer: torch.Tensor
+) -> Arrays:
+    names = ("quality_score", "good_ratio", "quality_score_answer", "good_ratio_answer")
+    gates = [pool_scores(layer, mask, answer) for layer in scores]
+    pooled = {name: torch.stack(layers, 1).numpy() for name, layers in zip(names, zip(*gates))}
+    return pooled | {"router_probs": torch.stack([pool_probs(layer, mask) for layer in logits], 1).numpy()}
 
 
 def test_means_are_over_valid_and_over_answer_tokens() -> None:
@@ -73,14 +91,27 @@ def test_spec7_24_the_head_sees_only_positions_that_predict_an_answer_token() ->
     assert np.isnan(nll[2])
 
 
-def test_the_unconditional_pass_ends_with_the_same_answer_tokens() -> None:
-    answer = [False, False, True, True, False, False, True, True]
-    assert [answer_end(answer, n) for n in (0, 1, 2, 3, 9)] == [0, 3, 4, 7, 8]
-    assert answer_end([], 4) == 0
-    part = clip(Encoded(list(range(8)), answer, [False] * 8, [not a for a in answer], False), 4)
-    assert part.input_ids == [0, 1, 2, 3]
-    assert part.answer == answer[:4]
-    assert part.truncated
+def test_answers_alone_keep_their_tags_and_end_with_the_last_answer_token() -> None:
+    tag, question, theirs, answer = Kind.TAG, Kind.USER, Kind.ANSWER_TAG, Kind.ASSISTANT
+    kinds = np.array(
+        [Kind.BOS, tag, question, tag, theirs, answer, answer, theirs, tag, question, tag, theirs], np.uint8
+    )
+    ids = np.arange(len(kinds), dtype=np.int32)
+    assert answers_only(ids, kinds)[0].tolist() == [0, 4, 5, 6]  # the second answer was cut off
+    longer = np.append(kinds, [answer, theirs]).astype(np.uint8)
+    found = answers_only(np.arange(len(longer), dtype=np.int32), longer)
+    assert found[0].tolist() == [0, 4, 5, 6, 7, 11, 12]
+    assert (found[1] == longer[found[0]]).all()
+    assert len(answers_only(ids[:5], kinds[:5])[0]) == 0
+
+
+def test_a_later_token_weighs_more_in_an_embedding() -> None:
+    hidden = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    hidden[1, 2:] = 1e6  # padding
+    found = weighted_mean(hidden, mask).numpy()
+    assert np.allclose(found[0], np.average(hidden[0].numpy(), axis=0, weights=[1, 2, 3, 4]), atol=1e-6)
+    assert np.allclose(found[1], np.average(hidden[1, :2].numpy(), axis=0, weights=[1, 2]), atol=1e-6)
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:

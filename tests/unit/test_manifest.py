@@ -1,6 +1,7 @@
 """pytest tests/unit/test_manifest.py"""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,52 @@ def test_nested_outputs_and_reserved_folders_are_not_its_files(tmp_path):
     outer = make(tmp_path / "a")
     assert [f["path"] for f in outer.files] == ["log.json", "rows.jsonl"]
     assert len(mf.find_manifests(tmp_path)) == 2
+
+
+def test_a_nested_output_in_the_making_and_a_link_to_something_inside_are_not_its_files(tmp_path):
+    outer = make(tmp_path / "a")
+    inner = tmp_path / "a" / "inner"
+    (inner / ".work" / "staging").mkdir(parents=True)
+    (inner / ".work" / "staging" / "half").write_text("x")
+    mf.read_manifest(tmp_path / "a")
+    (inner / ".work" / "staging" / "half").rename(inner / "half")
+    mf.write_manifest(inner, **FIELDS)
+    (tmp_path / "a" / "result").symlink_to("inner/half")
+    assert mf.read_manifest(tmp_path / "a").files == outer.files
+    (inner / "half").unlink()  # leaves a name for nothing
+    mf.read_manifest(tmp_path / "a")
+    (tmp_path / "elsewhere").write_text("x")
+    (tmp_path / "a" / "other").symlink_to("../elsewhere")
+    with pytest.raises(UserError, match="other is foreign"):
+        mf.read_manifest(tmp_path / "a")
+
+
+def test_a_file_that_became_a_link_is_missing(tmp_path):
+    make(tmp_path / "a")
+    inner = tmp_path / "a" / "inner"
+    inner.mkdir()
+    make(inner)
+    (tmp_path / "a" / "rows.jsonl").unlink()
+    (tmp_path / "a" / "rows.jsonl").symlink_to("inner/rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl is missing"):
+        mf.read_manifest(tmp_path / "a")
+
+
+def test_an_output_may_lie_inside_but_not_in_or_beside_a_part(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "a" / "parts" / name).mkdir(parents=True)
+        (tmp_path / "a" / "parts" / name / "rows.jsonl").write_text("a")
+        mf.write_manifest(tmp_path / "a" / "parts" / name, **FIELDS)
+    mf.write_manifest(tmp_path / "a", **FIELDS, parts=["parts/one", "parts/two"])
+    (tmp_path / "a" / "inner").mkdir()
+    make(tmp_path / "a" / "inner")
+    mf.read_manifest(tmp_path / "a")
+    for place in ("parts/three", "parts/one/inner"):
+        (tmp_path / "a" / place).mkdir()
+        make(tmp_path / "a" / place)
+        with pytest.raises(UserError, match=f"{place}/manifest.json is foreign"):
+            mf.read_manifest(tmp_path / "a")
+        shutil.rmtree(tmp_path / "a" / place)
 
 
 def test_tree_identity_knows_no_path(tmp_path):

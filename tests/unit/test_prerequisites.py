@@ -19,7 +19,7 @@ def config(**words):
     return compose("run", [f"{key}={value}" for key, value in given.items()])
 
 
-POOL = Pool(rows=120, text=40_000, answers=20_000)
+POOL = Pool(rows=120, text=40_000, answers=20_000, held=20)
 
 
 @pytest.mark.parametrize(

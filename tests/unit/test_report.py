@@ -25,8 +25,9 @@ from selectmoe.evaluate import HOLDOUT, Result, write_results
 from selectmoe.manifest import read_manifest, write_manifest
 from selectmoe.pool import Row, write_pool
 from selectmoe.report import ReportConfig, run
-from selectmoe.router_data import RouterData, write_router_data
+from selectmoe.router_data import RouterData
 from selectmoe.selection import Selected, write_clusters, write_selected
+from tests.pools import make_router_data
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 KEYS = [(name, f"{name}{i:02}") for name in ("a", "b") for i in range(10)]
@@ -91,9 +92,7 @@ def make_run(root: Path, *, gain: float = 0.1, oracle: float | None = None, seed
     (root / "warmup").mkdir()
     jsonl(root / "warmup" / "warmup_rows.jsonl", [{"dataset": "a", "id": "a00"}, {"dataset": "a", "id": "a06"}])
     manifest(root / "warmup", "warmup")
-    (root / "merge" / "router_data").mkdir(parents=True)
-    write_router_data(root / "merge" / "router_data", routed())
-    manifest(root / "merge", "route")
+    make_router_data(root / "merge", routed())
     (root / "select").mkdir()
     chosen = [rows[0], rows[1], rows[10], rows[19]]  # the last one is planted
     write_selected(root / "select" / "selected_data.jsonl", [Selected(r, {"answer": 0.9}, 0, 1) for r in chosen])

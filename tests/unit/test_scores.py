@@ -7,7 +7,7 @@ import pytest
 
 from selectmoe.errors import UserError
 from selectmoe.router_data import RouterData
-from selectmoe.scores import SCORES, auc, mean_ranks, score
+from selectmoe.scores import SCORES, auc, available, mean_ranks, score, table
 
 
 def router_data(n: int) -> RouterData:
@@ -62,8 +62,25 @@ def test_scores_that_were_not_computed_are_absent_not_zero() -> None:
     data = router_data(5)
     data.nll[:] = np.nan
     data.nll_unconditional[:] = np.nan
-    for name in ("nll", "ifd", "combined"):
-        assert np.isnan(score(data, name)).all()
+    assert available(data) == ["answer", "legacy", "all"]
+    for name, advice in (("nll", "nll=true"), ("ifd", "ifd=true"), ("combined", "answer, nll and ifd")):
+        with pytest.raises(UserError, match=f"no score '{name}'.*{advice}.*they have answer, legacy, all"):
+            score(data, name)
+        assert np.isnan(table(data)[name]).all()
+    assert np.isfinite(table(data)["answer"]).all()
+
+
+@pytest.mark.parametrize("nll", [True, False])
+def test_a_judge_without_gates_has_no_gate_scores(nll: bool) -> None:
+    data = router_data(5)
+    for name in ("quality_score", "good_ratio", "quality_score_answer", "good_ratio_answer"):
+        setattr(data, name, np.zeros((5, 0), np.float32))
+    if not nll:
+        data.nll[:] = data.nll_unconditional[:] = np.nan
+    assert available(data) == (["nll", "ifd"] if nll else [])
+    listed = "nll, ifd" if nll else r"none \(method=router_only needs none\)"
+    with pytest.raises(UserError, match=f"no score 'answer' .*needs a judge with gates.*; they have {listed}"):
+        score(data, "answer")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

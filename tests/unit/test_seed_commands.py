@@ -76,7 +76,7 @@ def test_a_process_for_every_gpu(tmp_path, monkeypatch):
     started = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("selectmoe.warmup.prove", lambda config: {})
-    monkeypatch.setattr(seed_commands, "logged", lambda command, out: started.append(command[2:]) or 0)
+    monkeypatch.setattr(seed_commands, "logged", lambda command, out, log: started.append(command[2:]) or 0)
     for gpus, more in ((0, []), (1, []), (4, []), (2, ["training.distributed=ddp"])):
         monkeypatch.setattr(seed_commands, "devices", lambda gpus=gpus: gpus)
         assert seed_commands.stage_1(["data=p", "selector_model.path=m", *more]) == 0

@@ -20,11 +20,12 @@ from selectmoe import select
 from selectmoe.config import load
 from selectmoe.errors import UserError
 from selectmoe.kmeans import Rows
-from selectmoe.manifest import read_manifest, write_manifest
-from selectmoe.pool import Row, write_pool
-from selectmoe.router_data import RouterData, write_router_data
+from selectmoe.manifest import read_manifest
+from selectmoe.pool import Row
+from selectmoe.router_data import RouterData
 from selectmoe.select import SelectConfig
 from selectmoe.selection import Selected, arm_directory, read_selected
+from tests.pools import make_pool, make_router_data
 
 N = 120
 
@@ -65,21 +66,10 @@ def world(tmp_path: Path) -> dict[str, str]:
     return write_world(tmp_path, router())
 
 
-def finish(directory: Path, name: str) -> None:
-    """Give a folder the manifest of a finished output."""
-    rows = {"in": 0, "out": 0, "dropped": {}}
-    roles: dict[str, Any] = {"identity": {}, "execution": {}}
-    write_manifest(directory, stage=name, version=1, config=roles, inputs={}, rows=rows, environment={}, created="")
-
-
 def write_world(root: Path, data: RouterData) -> dict[str, str]:
     keys = list(zip(data.dataset, data.id, strict=True)) + [("d0", f"unrouted{i}") for i in range(10)]
-    (root / "pool").mkdir()
-    write_pool(root / "pool", [Row(d, i, talk((d, i))) for d, i in keys])
-    finish(root / "pool", "ingest")
-    (root / "router").mkdir()
-    write_router_data(root / "router", data)
-    finish(root / "router", "route")
+    make_pool(root / "pool", [Row(d, i, talk((d, i))) for d, i in keys])
+    make_router_data(root / "router", data)
     planted = [{"dataset": d, "id": i, "kind": "swapped"} for d, i in keys[: len(data.id) : 3]]
     (root / "planted.jsonl").write_text("".join(json.dumps(p) + "\n" for p in planted))
     return {"router_data_dir": str(root / "router"), "data": str(root / "pool")}
@@ -237,11 +227,7 @@ def test_spec7_35_39_rows_without_features_or_score_are_dropped_with_a_reason(tm
 def test_spec7_27_28_rows_that_are_not_in_the_pool_or_twice(tmp_path: Path) -> None:
     data = router(20)
     world = write_world(tmp_path, data)
-    (tmp_path / "small").mkdir()
-    write_pool(
-        tmp_path / "small", [Row(d, i, talk((d, i))) for d, i in list(zip(data.dataset, data.id, strict=True))[15:]]
-    )
-    finish(tmp_path / "small", "ingest")
+    make_pool(tmp_path / "small", [Row(d, i, talk((d, i))) for d, i in data.keys[15:]])
     with pytest.raises(UserError, match=r"15 of 20 routed rows are not in the pool \(d0/r0000, (\S+ ){8}d1/\S+\)"):
         go(world | {"data": str(tmp_path / "small")})
     assert not (tmp_path / "out").exists()
@@ -364,3 +350,30 @@ def test_result_dataclass_is_plain_json() -> None:
     row = Selected(Row("d", "1", talk(("d", "1"))), {"answer": 0.5}, 1, 2)
     assert json.loads(row.json())["rank"] == 2
     assert tempfile.gettempdir() not in row.json()
+
+
+def test_a_judge_without_gates_or_without_routers(tmp_path: Path) -> None:
+    data = router()
+    for name in ("quality_score", "good_ratio", "quality_score_answer", "good_ratio_answer"):
+        setattr(data, name, np.zeros((N, 0), np.float32))
+    (tmp_path / "plain").mkdir()
+    plain = write_world(tmp_path / "plain", data)
+    embedded = dataclasses.replace(data, router_probs=np.zeros((N, 0, 0), np.float32))
+    embedded.embedding = data.router_probs.reshape(N, -1) - 0.1
+    (tmp_path / "dense").mkdir()
+    dense = write_world(tmp_path / "dense", embedded)
+    for world in (plain, dense):
+        for n, asked in enumerate(({"method": "router_only"}, {"score": "nll"}, {"method": "random"})):
+            chosen = read_selected(go(world, f"out-{n}", selection_rows=7, **asked))
+            assert len(chosen) == 7
+            assert set(chosen[0].scores) == {"nll", "ifd"}
+        with pytest.raises(UserError, match=r"no score 'answer' \(it needs a judge with gates.*they have nll, ifd"):
+            go(world, "refused")
+    with pytest.raises(UserError, match="has no routers, rows are clustered by embeddings"):
+        go(dense, "refused", score="nll", layers=[0])
+    data.nll[:] = np.nan
+    (tmp_path / "none").mkdir()
+    none = write_world(tmp_path / "none", data)
+    assert not read_selected(go(none, method="router_only"))[0].scores
+    with pytest.raises(UserError, match=r"they have none \(method=router_only needs none\)"):
+        go(none, "refused", score="nll")

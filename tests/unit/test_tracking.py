@@ -249,8 +249,8 @@ def test_parquet_is_previewed(mlflow: Server, tmp_path: Path, monkeypatch: pytes
             write_pool(out.staging / "pool", rows)
             out.commit()
         run = mlflow.send(tmp_path / shown)
-        assert "previews/pool/a.csv" in mlflow.artifacts(run)
-        file = mlflow.client.download_artifacts(run.info.run_id, "previews/pool/a.csv", str(tmp_path))
+        assert "previews/pool/a/00000.csv" in mlflow.artifacts(run)
+        file = mlflow.client.download_artifacts(run.info.run_id, "previews/pool/a/00000.csv", str(tmp_path))
         lines = Path(file).read_text().splitlines()
         assert len(lines) == 201
         assert ("tell me 3" in lines[4]) == (shown == "true")
@@ -310,7 +310,7 @@ def test_a_command_from_a_shell_is_told_too(
     assert cli.main([*words, f"output_dir={tmp_path / 'out'}"]) == 0
     run = mlflow.run(stage="ingest")
     assert run.info.status == "FINISHED"
-    assert "previews/pool/rows.csv" in mlflow.artifacts(run)
+    assert "previews/pool/rows/00000.csv" in mlflow.artifacts(run)
     assert journal.names(str(tmp_path / "out" / "logs")) == []
     assert cli.main([*words, f"output_dir={tmp_path / 'out'}", "seed=7"]) == 2
     assert "another run's output" in capsys.readouterr().err

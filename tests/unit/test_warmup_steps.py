@@ -1,11 +1,9 @@
 """The plan of warm-up's steps, without a model: pytest tests/unit/test_warmup_steps.py"""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from selectmoe import pool, template, warmup
+from selectmoe import pool, template, token_store, warmup
 from selectmoe.config import load
 from selectmoe.errors import UserError
 from selectmoe.warmup_steps import Plan
@@ -128,13 +126,16 @@ def test_labels_are_those_of_the_mode_that_is_asked_for(rows, tokenizer, full, m
     assert len(sizes) == 1 + full, "role tags are learned or not; where answers alone are, they are not"
 
 
-def test_spec7_20_what_is_trained_on_is_what_is_routed(rows, tokenizer):
-    """The tokens of `warmup` are those of `template.encode_many`, which `route` reads too."""
+def test_spec7_20_what_is_trained_on_is_what_is_routed(rows, tokenizer, tmp_path):
+    """The tokens and the answer mask of `warmup` are those that `route` stores and reads."""
     items = {item.row: item.encoded for batch in plan(rows, tokenizer).step(0) for item in batch if item.label}
-    for row, encoded in zip(rows, template.encode_many(rows, tokenizer, 128), strict=True):
-        assert items.get(f"{row.dataset}:{row.id}", encoded) == encoded
-    source = (Path(warmup.__file__).parent / "route.py").read_text()
-    assert "from selectmoe.template import encode_many" in source
+    assert items
+    store = token_store.write(tmp_path / "tokens", "key", rows, len(rows), tokenizer, 128)
+    for at, row in enumerate(rows):
+        if encoded := items.get(f"{row.dataset}:{row.id}"):
+            ids, kinds = store.read(at)
+            assert ids.tolist() == encoded.input_ids
+            assert (kinds == template.Kind.ASSISTANT).tolist() == encoded.answer
 
 
 def test_rows_without_anything_to_learn_are_left_out_or_an_error(rows, tokenizer):
