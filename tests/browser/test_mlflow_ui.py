@@ -181,9 +181,9 @@ def test_selection(page: Chrome, published: Published) -> None:
 
 
 def test_router_data(page: Chrome, published: Published) -> None:
-    files = sorted((published.root / "merge" / "router_data").glob("*.parquet"))
-    rows = pq.read_table(files[0])
-    shown = artifact(page, published, "merge", f"previews/router_data/{files[0].stem}.csv")
+    file = sorted((published.root / "merge" / "router_data").glob("*/*.parquet"))[0]
+    rows = pq.read_table(file)
+    shown = artifact(page, published, "merge", f"previews/router_data/{file.parent.name}/{file.stem}.csv")
     wait(page).until(lambda _: f"first {rows.num_rows} rows" in shown.text)
     assert rows["id"][0].as_py() in shown.text
     assert {"id", "tokens", "answer_tokens"} <= set(shown.text.split())
